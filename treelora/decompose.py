@@ -80,25 +80,25 @@ def retrain_head(
     head: nn.Linear,  # changed in place: its rows of the classes in `stats`
     stats: FeatureStats,  # of the adapted features of all classes seen so far
     per_class: int = 128,  # sampled features a class
-    rounds: int = 100,  # steps of Adam, each on all samples
-    lr: float = 0.01,
+    rounds: int = 100,  # iterations of L-BFGS at most: the problem is convex
+    decay: float = 1e-4,  # weight decay, so that it also has one solution
     seed: int = 0,
 ) -> float:  # final loss on the samples
     "Train the head on features sampled from all classes' Gaussians (TAP)."
-    device = head.weight.device
-    x, y = (t.to(device) for t in sample_features(stats, per_class, seed))
-    classes = list(stats.means)
-    wanted, head_params = [p.requires_grad for p in head.parameters()], list(head.parameters())
-    for p in head_params: p.requires_grad_(True)
-    opt = torch.optim.Adam(head_params, lr)
-    with torch.enable_grad():
-        for _ in range(rounds):
-            loss = masked_cross_entropy(head(x), y, classes)
-            grads = torch.autograd.grad(loss, head_params)
-            for p, g in zip(head_params, grads): p.grad = g
-            opt.step()
-    for p, w in zip(head_params, wanted): p.grad = None; p.requires_grad_(w)
-    return loss.item()
+    x, y = (t.to(head.weight.device) for t in sample_features(stats, per_class, seed))
+    classes, params = list(stats.means), [p.detach().clone().requires_grad_() for p in (head.weight, head.bias)]
+    opt = torch.optim.LBFGS(params, max_iter=rounds, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        loss = masked_cross_entropy(F.linear(x, *params), y, classes) + decay * params[0][classes].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad(): opt.step(closure)
+    with torch.no_grad():
+        for own, new in zip((head.weight, head.bias), params): own[classes] = new[classes]
+    return closure().item()
 
 # %% ../nbs/continual/14_decompose.ipynb #54fd704c
 class Decomposition:

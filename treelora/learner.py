@@ -104,7 +104,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     "The commit of the source tree, with a + when it has changes; None outside a checkout."
-    def git(*args): return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+    def git(*args): return subprocess.run(["git", *args], cwd=Path(metrics.__file__).parent, capture_output=True, text=True)
     try: head = git("rev-parse", "HEAD")
     except OSError: return None
     if head.returncode: return None

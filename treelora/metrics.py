@@ -15,19 +15,24 @@ Matrix = np.ndarray | Sequence[Sequence[float | None]]
 
 
 def score_matrix(
-    R: Matrix,  # (N, N): R[j, i] is the score on task i after task j; array, tensor, or nested lists with None for "not measured"
+    R: Matrix,  # (N, N): R[j, i] is the score on task i after task j; array, tensor, nested lists (None: not measured)
 ) -> np.ndarray:  # (N, N) float64 copy, NaN where not measured and above the diagonal
     "Read a score matrix; `ValueError` when it is empty, not square, infinite, or has its rows and columns exchanged."
     if hasattr(R, "detach"): R = R.detach().cpu().numpy()
     try: S = np.array(R, dtype=np.float64)
-    except (TypeError, ValueError): raise ValueError("R must be a square table of numbers, with NaN or None where not measured.") from None
+    except (TypeError, ValueError):
+        raise ValueError("R must be a square table of numbers, with NaN or None where not measured.") from None
     if S.size == 0: raise ValueError("R is empty: measure at least one task before asking for a score.")
     if S.ndim != 2 or S.shape[0] != S.shape[1]:
         raise ValueError(f"R must be square, one row and one column a task, but its shape is {S.shape}.")
-    if np.isinf(S).any(): raise ValueError("R holds an infinite score; scores must be finite, or NaN where not measured.")
+    if np.isinf(S).any():
+        raise ValueError("R holds an infinite score; scores must be finite, or NaN where not measured.")
     below, above = np.tril_indices(len(S), -1), np.triu_indices(len(S), 1)
     if len(S) > 1 and np.isnan(S[below]).all() and not np.isnan(S[above]).any():
-        raise ValueError("R is filled above the diagonal instead of below: rows are time (after task j), columns tasks; transpose it.")
+        raise ValueError(
+            "R is filled above the diagonal instead of below: rows are time (after task j), columns "
+            "tasks; transpose it."
+        )
     S[above] = np.nan
     return S
 
@@ -54,17 +59,25 @@ def bwt(
 ) -> float:  # mean loss of score since each task was learned, lower is better
     "Backward transfer (Sec. 2, note the sign); `ValueError` when the diagonal or the last row is not complete."
     S = score_matrix(R)
-    advice = "BWT compares each task right after it was learned with the end, so joint training, which learns all at once, has none."
+    advice = "BWT compares with it, so joint training, which learns all at once, has none."
     learned = _measured(np.diag(S), "The diagonal", advice)
     return float((learned - _measured(S[-1], "The last row", "test the final model on every task.")).mean())
 
-# %% ../nbs/continual/10_metrics.ipynb #6da0a758
+# %% ../nbs/continual/10_metrics.ipynb #9ae4b4cd
+def _lower_triangle(
+    S: np.ndarray,  # (N, N) score matrix
+) -> np.ndarray:  # its scores on and below the diagonal
+    "All scores of the history, none missing."
+    advice = "test every learned task after every task; joint training has no history."
+    return _measured(S[np.tril_indices(len(S))], "The lower triangle", advice)
+
+
 def forgetting(
     R: Matrix,  # (N, N) score matrix
 ) -> float:  # mean fall from each earlier task's best score, at least 0, lower is better; 0 for a single task
     "Forgetting (Chaudhry et al., 2018); `ValueError` when a score on or below the diagonal is missing."
     S = score_matrix(R)
-    _measured(S[np.tril_indices(len(S))], "The lower triangle", "test every learned task after every task; joint training has no history.")
+    _lower_triangle(S)
     return float((np.nanmax(S, axis=0) - S[-1])[:-1].mean()) if len(S) > 1 else 0.0
 
 # %% ../nbs/continual/10_metrics.ipynb #4e2b1436
@@ -73,5 +86,5 @@ def average_curve(
 ) -> np.ndarray:  # (N,) mean score over the tasks seen so far, after each task
     "OP after every task (Fig. 4a); `ValueError` when a score on or below the diagonal is missing."
     S = score_matrix(R)
-    _measured(S[np.tril_indices(len(S))], "The lower triangle", "test every learned task after every task; joint training has no history.")
+    _lower_triangle(S)
     return np.nanmean(S, axis=1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FASHION_NAMES', 'FASHION_FILES', 'FASHION_DEBIAN', 'SCALES', 'Builder', 'ImageSet', 'Task', 'TaskStream',
-           'tiny_imagenet_halves', 'register_stream', 'list_streams', 'get_stream']
+           'read_parquet', 'tiny_imagenet_halves', 'register_stream', 'list_streams', 'get_stream']
 
 # %% ../nbs/continual/11_streams.ipynb #be21c34e
 import gzip, io, os, random, zlib
@@ -35,19 +35,29 @@ class ImageSet(Dataset):
         if self.images.ndim != 4:
             raise ValueError(f"Images must have the shape (n, C, H, W) or (n, H, W), not {tuple(images.shape)}.")
         if labels.ndim != 1 or len(labels) != len(images):
-            raise ValueError(f"Every image needs one label, but there are {len(images)} images and labels of shape {tuple(labels.shape)}.")
+            raise ValueError(
+                f"Every image needs one label, but there are {len(images)} images and labels of shape "
+                f"{tuple(labels.shape)}."
+            )
         if labels.is_floating_point(): raise ValueError("Labels must be whole numbers (class indices), not floats.")
         if self.images.dtype != torch.uint8:
             self.images = self.images.float()
             if len(images) and not (self.images.min() >= 0 and self.images.max() <= 1):
-                raise ValueError("Images that are not uint8 must lie in [0, 1]; divide them by their largest possible value.")
+                raise ValueError(
+                    "Images that are not uint8 must lie in [0, 1]; divide them by their largest "
+                    "possible value."
+                )
         self.labels = labels.long()
-
-    def _scaled(self, images: torch.Tensor) -> torch.Tensor: return images.float() / 255 if images.dtype == torch.uint8 else images
 
     def __len__(self) -> int: return len(self.labels)
 
-    def __getitem__(self, i) -> tuple[torch.Tensor, torch.Tensor]: return self._scaled(self.images[i]), self.labels[i]
+    def __getitem__(
+        self,
+        i: int | slice | torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # image(s) (..., C, H, W) float32 in [0, 1], label(s) int64
+        "One labelled image, or several."
+        images = self.images[i]
+        return images.float() / 255 if images.dtype == torch.uint8 else images, self.labels[i]
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:  # all images (n, C, H, W) float32 and all labels (n,) int64
@@ -72,17 +82,24 @@ def _check_task(
 ) -> None:
     "`ValueError` for an empty task, labels outside its classes, or images of another size."
     for split, data in (("training", task.train), ("test", task.test)):
-        if not len(data): raise ValueError(f"Task {task.name!r} has no {split} images; every task needs some of both splits.")
+        if not len(data):
+            raise ValueError(f"Task {task.name!r} has no {split} images; every task needs some of both splits.")
         outside = sorted(set(data.labels.tolist()) - set(task.classes))
         if outside:
-            raise ValueError(f"Task {task.name!r} has {split} labels {outside} outside its classes {list(task.classes)}.")
+            raise ValueError(
+                f"Task {task.name!r} has {split} labels {outside} outside its classes "
+                f"{list(task.classes)}."
+            )
         if data.images.shape[1:] != shape:
-            raise ValueError(f"Task {task.name!r} has {split} images of shape {tuple(data.images.shape[1:])}, but the stream's are {shape}.")
+            raise ValueError(
+                f"Task {task.name!r} has {split} images of shape {tuple(data.images.shape[1:])}, but the "
+                f"stream's are {shape}."
+            )
 
 # %% ../nbs/continual/11_streams.ipynb #d844209b
 @dataclass(frozen=True)
 class TaskStream:
-    "Tasks in the order in which they arrive; `ValueError` if the stream or a task is empty or they do not fit together."
+    "Tasks in the order in which they arrive; `ValueError` if none, or one is empty, or they do not fit together."
 
     name: str
     scale: str  # "quick", "small", "paper", or a word of your own
@@ -93,13 +110,23 @@ class TaskStream:
         if not self.tasks: raise ValueError(f"The stream {self.name!r} has no tasks; give it at least one.")
         names, shape, owner = [t.name for t in self.tasks], tuple(self.tasks[0].train.images.shape[1:]), {}
         if twice := {n for n in names if names.count(n) > 1}:
-            raise ValueError(f"The stream {self.name!r} has more than one task named {sorted(twice)[0]!r}; task names must differ.")
+            raise ValueError(
+                f"The stream {self.name!r} has more than one task named {sorted(twice)[0]!r}; task names "
+                "must differ."
+            )
         if shape[1] != shape[2]:
-            raise ValueError(f"The stream {self.name!r} has images of {shape[1]} x {shape[2]} pixels, but they must be square.")
+            raise ValueError(
+                f"The stream {self.name!r} has images of {shape[1]} x {shape[2]} pixels, but they must "
+                "be square."
+            )
         for task in self.tasks:
             _check_task(task, shape)
             for c in task.classes:
-                if c in owner: raise ValueError(f"Class {c} is in task {owner[c]!r} and in {task.name!r}; tasks must not share classes.")
+                if c in owner:
+                    raise ValueError(
+                        f"Class {c} is in task {owner[c]!r} and in {task.name!r}; tasks must not share "
+                        "classes."
+                    )
                 owner[c] = task.name
 
     def __len__(self) -> int: return len(self.tasks)
@@ -123,7 +150,7 @@ class TaskStream:
     def image_size(self) -> int: return self.tasks[0].train.images.shape[2]  # side of the square images, in pixels
 
     @property
-    def n_classes(self) -> int: return 1 + max(c for t in self.tasks for c in t.classes)  # outputs of a head for all tasks
+    def n_classes(self) -> int: return 1 + max(c for t in self.tasks for c in t.classes)  # outputs of the shared head
 
 # %% ../nbs/continual/11_streams.ipynb #47f22498
 def _loader(
@@ -137,7 +164,8 @@ def _loader(
     if split not in ("train", "test"): raise ValueError(f"The split must be 'train' or 'test', not {split!r}.")
     task = task if isinstance(task, Task) else self[task]
     shuffle = split == "train"
-    return DataLoader(getattr(task, split), batch_size, shuffle, generator=torch.Generator().manual_seed(seed) if shuffle else None)
+    generator = torch.Generator().manual_seed(seed) if shuffle else None
+    return DataLoader(getattr(task, split), batch_size, shuffle, generator=generator)
 
 
 TaskStream.loader = _loader
@@ -190,7 +218,10 @@ def _from_arrays(
     if not len(test): raise ValueError(f"The stream {name!r} has no test images.")
     order = _class_order(train.labels, class_order, seed)
     if classes_per_task < 1 or len(order) % classes_per_task:
-        raise ValueError(f"{len(order)} classes do not divide into tasks of {classes_per_task}; choose a divisor of {len(order)}.")
+        raise ValueError(
+            f"{len(order)} classes do not divide into tasks of {classes_per_task}; choose a divisor of "
+            f"{len(order)}."
+        )
     if unknown := set(test.labels.tolist()) - set(order):
         raise ValueError(f"The test images have labels {sorted(unknown)} that no training image has.")
     tasks = []
@@ -198,7 +229,8 @@ def _from_arrays(
         hi = lo + classes_per_task
         names = [class_names[c] if class_names is not None else str(c) for c in order[lo:hi]]
         title = task_name(i, names) if task_name else f"{name}-{'-'.join(names)}"
-        tasks.append(Task(title, tuple(range(lo, hi)), _subset(train, order, lo, hi), _subset(test, order, lo, hi), tuple(names)))
+        sets = (_subset(data, order, lo, hi) for data in (train, test))
+        tasks.append(Task(title, tuple(range(lo, hi)), *sets, tuple(names)))
     return cls(name, scale, seed, tasks)
 
 
@@ -214,8 +246,9 @@ def _digits(
     data = load_digits()
     images = F.interpolate(torch.from_numpy(data.images).float()[:, None] / 16, scale_factor=2, mode="bilinear")
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=data.target, random_state=seed)
-    return TaskStream.from_arrays("split-digits", images[train], data.target[train], images[test], data.target[test], 2, seed,
-                                  class_order=range(10), scale=scale, task_name=lambda i, names: "-".join(["digits", *names]))
+    return TaskStream.from_arrays(
+        "split-digits", images[train], data.target[train], images[test], data.target[test], classes_per_task=2,
+        seed=seed, class_order=range(10), scale=scale, task_name=lambda i, names: "-".join(["digits", *names]))
 
 # %% ../nbs/continual/11_streams.ipynb #11345b08
 def _read_idx(
@@ -224,7 +257,8 @@ def _read_idx(
 ) -> torch.Tensor:  # uint8
     "Read an IDX file; `ValueError` if it is damaged."
     try: raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error: raise ValueError(f"{path} is not a complete gzip file ({error}); fetch it again.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a complete gzip file ({error}); fetch it again.") from None
     header = 4 + 4 * ndim
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, ndim]):
         raise ValueError(f"{path} is not an IDX file of {ndim}-dimensional bytes; fetch it again.")
@@ -235,7 +269,8 @@ def _read_idx(
 
 # %% ../nbs/continual/11_streams.ipynb #dd62c01a
 FASHION_NAMES = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-FASHION_FILES = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+FASHION_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+                 "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 # %% ../nbs/continual/11_streams.ipynb #76ca8957
@@ -270,13 +305,15 @@ def _fashion_arrays(
     for folder in folders:
         if all((folder / f).is_file() for f in FASHION_FILES):
             return [_read_idx(folder / f, 3 if "images" in f else 1) for f in FASHION_FILES]
-    missing = (f"Fashion-MNIST was not found in {', '.join(map(str, folders))}: install Debian's package dataset-fashion-mnist, or put "
-               f"{', '.join(FASHION_FILES)} into a folder and pass it as root or in TREELORA_DATA, or let it come from the hub "
-               "(zalando-datasets/fashion_mnist) by installing `datasets`, with a network and no root.")
+    missing = (f"Fashion-MNIST was not found in {', '.join(map(str, folders))}: install Debian's package "
+               f"dataset-fashion-mnist, or put {', '.join(FASHION_FILES)} into a folder and pass it as root or in "
+               "TREELORA_DATA, or, with a network and no root, take it from the hub (zalando-datasets/fashion_mnist).")
     if root is not None: raise FileNotFoundError(missing)
     hub = _hub("zalando-datasets/fashion_mnist", missing)
-    arrays = [[np.stack([np.asarray(im) for im in hub[s]["image"]]), np.asarray(hub[s]["label"])] for s in ("train", "test")]
-    return [torch.from_numpy(a) for pair in arrays for a in pair]
+    arrays = []
+    for split in ("train", "test"):
+        arrays += [np.stack([np.asarray(image) for image in hub[split]["image"]]), np.asarray(hub[split]["label"])]
+    return [torch.from_numpy(a) for a in arrays]
 
 # %% ../nbs/continual/11_streams.ipynb #11d4ba71
 def _per_class(
@@ -301,8 +338,10 @@ def _fashion(
         keep, test_keep = _per_class(y, 600, seed), _per_class(test_y, 200, seed)
         x, y, test_x, test_y = x[keep], y[keep], test_x[test_keep], test_y[test_keep]
     shrink = lambda images: F.interpolate(images[:, None].float(), size=16, mode="area").round().byte()
-    return TaskStream.from_arrays("split-fashion-mnist", shrink(x), y, shrink(test_x), test_y, 2, seed, class_order=range(10),
-                                  class_names=FASHION_NAMES, scale=scale, task_name=lambda i, names: "-".join(["fashion", *names]))
+    return TaskStream.from_arrays(
+        "split-fashion-mnist", shrink(x), y, shrink(test_x), test_y, classes_per_task=2, seed=seed,
+        class_order=range(10), class_names=FASHION_NAMES, scale=scale,
+        task_name=lambda i, names: "-".join(["fashion", *names]))
 
 # %% ../nbs/continual/11_streams.ipynb #a193d78c
 def _decode(
@@ -312,7 +351,7 @@ def _decode(
     return np.asarray(Image.open(io.BytesIO(record["bytes"])).convert("RGB")).transpose(2, 0, 1)
 
 
-def _read_parquet(
+def read_parquet(
     files: Sequence[Path],
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:  # images (n, 3, H, W) uint8, labels (n,), class names (may be empty)
     "Labelled images from parquet files with the columns `image` and `label`; `ValueError` if they are damaged."
@@ -324,9 +363,13 @@ def _read_parquet(
         table = pa.concat_tables([pq.read_table(f, columns=["image", "label"]) for f in files])
         with ThreadPoolExecutor() as pool: images = np.stack(list(pool.map(_decode, table["image"].to_pylist())))
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{files[0].parent} holds parquet files that cannot be read as images and labels ({type(error).__name__}: {error}).") from None
+        raise ValueError(
+            f"{files[0].parent} holds parquet files that cannot be read as images and labels "
+            f"({type(error).__name__}: {error})."
+        ) from None
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return torch.from_numpy(images), torch.from_numpy(table["label"].to_numpy()), features.get("label", {}).get("names", [])
+    names = features.get("label", {}).get("names", [])
+    return torch.from_numpy(images), torch.tensor(table["label"].to_pylist()), names
 
 # %% ../nbs/continual/11_streams.ipynb #b488cac2
 def tiny_imagenet_halves(
@@ -362,19 +405,21 @@ def _tiny(
     "The stream half of Tiny ImageNet as tasks of ten classes."
     folders = _candidates(root, "tiny-imagenet")
     folders = [p for f in folders for p in (f / "stream", f)]
-    missing = (f"Tiny ImageNet was not found in {', '.join(map(str, folders)) or 'TREELORA_DATA (not set)'}: put stream/train-*.parquet and "
-               "stream/test-*.parquet (columns image, label) into a folder and pass it as root or in TREELORA_DATA, or let it come from "
-               "the hub (zh-plus/tiny-imagenet) by installing `datasets`, with a network and no root.")
+    places = ", ".join(map(str, folders)) or "TREELORA_DATA (not set)"
+    missing = (f"Tiny ImageNet was not found in {places}: put stream/train-*.parquet and stream/test-*.parquet "
+               "(columns image, label) into a folder and pass it as root or in TREELORA_DATA, or, with a network and "
+               "no root, take it from the hub (zh-plus/tiny-imagenet).")
     for folder in folders:
         files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", "test")}
         if all(files.values()):
-            (x, y, names), (test_x, test_y, _) = (_read_parquet(files[s]) for s in ("train", "test"))
+            (x, y, names), (test_x, test_y, _) = (read_parquet(files[s]) for s in ("train", "test"))
             break
     else:
         if root is not None: raise FileNotFoundError(missing)
         x, y, test_x, test_y, names = _tiny_from_hub(missing)
-    return TaskStream.from_arrays("split-tiny-imagenet", x, y, test_x, test_y, 10, seed, class_names=names or None, scale=scale,
-                                  task_name=lambda i, names: f"tiny-imagenet-{i + 1:02d}")
+    return TaskStream.from_arrays(
+        "split-tiny-imagenet", x, y, test_x, test_y, classes_per_task=10, seed=seed, class_names=names or None,
+        scale=scale, task_name=lambda i, names: f"tiny-imagenet-{i + 1:02d}")
 
 # %% ../nbs/continual/11_streams.ipynb #19221751
 SCALES = ("quick", "small", "paper")
@@ -389,7 +434,8 @@ def register_stream(
 ) -> None:
     "Make a stream known by name; `ValueError` if the name is taken or a scale unknown."
     if name in _streams: raise ValueError(f"There is a stream named {name!r} already; choose another name.")
-    if not scales or set(scales) - set(SCALES): raise ValueError(f"The scales of {name!r} must be some of {list(SCALES)}, not {list(scales)}.")
+    if not scales or set(scales) - set(SCALES):
+        raise ValueError(f"The scales of {name!r} must be some of {list(SCALES)}, not {list(scales)}.")
     _streams[name] = tuple(scales), build
 
 
