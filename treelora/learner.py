@@ -28,7 +28,7 @@ from .streams import Task, TaskStream, get_stream
 
 # %% ../nbs/continual/13_learner.ipynb #a30c8295
 SCALES = {
-    "quick": dict(model="glyph-vit", epochs=8, batch_size=32, lr=0.005),
+    "quick": dict(model="glyph-vit", epochs=5, batch_size=32, lr=0.005),
     "small": dict(model="vit-small-64", epochs=10, batch_size=128, lr=0.005),
     "paper": dict(model="vit-b16", epochs=20, batch_size=192, lr=0.005),
 }

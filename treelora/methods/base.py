@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..algorithm import grouped
 from ..decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
 from ..lora import adapters_off, add_lora, lora_layers
 from ..models import features
@@ -112,7 +113,7 @@ class AdapterMethod(Method):
         return masked_cross_entropy(self.model(images), labels, self.classes[self.task] if self.wtp else self.seen)
 
     def end_task(self, batches):
-        if self.tii: self.bank[self.task] = self._adapter()
+        if self.tii: self._keep_adapter()
         if self.tap or self.tii: self._observe(batches)
         if self.tap: retrain_head(self.model.head, self.parts.adapted, seed=self.seed + self.task)
 
@@ -144,13 +145,26 @@ class AdapterMethod(Method):
                 rows.matrix.copy_(own)
                 rows.store_to(self.layout.params)
 
+    def _keep_adapter(self) -> None:
+        "Store the adapter of the task that was just learned."
+        self.bank[self.task] = self._adapter()
+
+    def _adapter_of(self, task: int) -> torch.Tensor:  # (L, D)
+        "A stored adapter."
+        return self.bank[task]
+
+    def _route(self, images: torch.Tensor) -> torch.Tensor:  # (n,)
+        "The task of each image, from its un-adapted features."
+        return self.parts.identity.identify(self._plain(images))
+
     @torch.no_grad()
     def predict(self, images):
         if not self.tii: return super().predict(images)
-        tasks, answers = self.parts.identity.identify(self._plain(images)), torch.empty(len(images), dtype=torch.long)
-        for task in tasks.unique().tolist():
-            with self._using(self.bank[task]): answers[tasks == task] = super().predict(images[tasks == task]).cpu()
-        return answers.to(images.device)
+        return grouped(images, self._route(images), self._predict_as)
+
+    def _predict_as(self, task: int, images: torch.Tensor) -> torch.Tensor:
+        "Answers under a task's adapter."
+        with self._using(self._adapter_of(task)): return super().predict(images)
 
     @property
     def stored_bytes(self):

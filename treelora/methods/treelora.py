@@ -49,6 +49,10 @@ class TreeLoRAPlain(AdapterMethod):
         try: self.open.__exit__(InterruptedError, InterruptedError("the task was interrupted"), None)
         except InterruptedError: pass
 
+    def _keep_adapter(self): pass  # the bank of TreeLoRA has it
+
+    def _adapter_of(self, task): return self.tl.bank.adapter(self.tl.bank.names[task])
+
     @property
     def stored_bytes(self): return super().stored_bytes + self.tl.bank.stored_bytes
 
@@ -98,3 +102,9 @@ class TreeLoRABranch(TreeLoRAIdentity):
     @torch.no_grad()
     def probe(self, images, labels):
         return prototype_loss(features(self.model, images), labels)
+
+    def end_task(self, batches):
+        for images, labels in batches: self.tl.record_features(self._plain(images), labels)
+        super().end_task(batches)
+
+    def _route(self, images): return self.tl.route(self._plain(images))
