@@ -18,7 +18,7 @@ def _add_run(commands) -> None:
     p.add_argument("--scale", default="quick", help="quick, small or paper")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--root", type=Path, help="data folder; the variable TREELORA_DATA does the same")
-    p.add_argument("--model", help="backbone, instead of the scale's")
+    p.add_argument("--model", help="backbone, instead of the one that takes the stream's images")
     p.add_argument("--weights", type=Path, help="the backbone's weights, a safetensors file")
     p.add_argument("--epochs", type=int)
     p.add_argument("--batch-size", type=int)

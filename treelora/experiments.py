@@ -70,8 +70,8 @@ def run_set(
 ) -> list[Path]:  # the results' files
     "Run methods and seeds on a stream, each with its tuned learning rate, and save each result as soon as it is there."
     paths = []
-    for method in methods:
-        for seed in seeds:
+    for seed in seeds:  # outermost: what else the machine does then disturbs all methods alike
+        for method in methods:
             path = result_path(results, stream, scale, method, seed)
             paths.append(path)
             if missing_only and path.exists(): continue

@@ -159,7 +159,7 @@ def _draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str],
             ax.plot(x(group), -d, "o", color="0.4" if inner else LOOKS["treelora"][1], ms=4, zorder=2)
             if not inner: ax.annotate("\n".join(map(short, group)), (x(group), -d), ha="center", va="top", xytext=(0, -4), textcoords="offset points", fontsize=7.5)
     ax.set_axis_off()
-    ax.set(xlim=(-0.7, len(order) - 0.3), ylim=(-len(levels) + 0.1, 0.3))
+    ax.set(xlim=(-0.7, len(order) - 0.3), ylim=(-len(levels) + 0.2, 0.3))
 
 
 def _leaves(levels: list[list[list[str]]]) -> list[list[str]]:
@@ -192,6 +192,7 @@ def _figure_8(found: dict) -> Figure:
     for ax in axes: ax.set_axis_off()
     for ax, tree in zip(axes, trees):
         _draw_groups(ax, tree["groups"], _short)
+        ax.set_ylim(-max(len(t["groups"]) for t in trees) + 1.1, 0.3)
         ax.set_title(f"after {_short(tree['after'])}", fontsize=8)
     return fig
 

@@ -23,14 +23,14 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
 
 from . import metrics
-from .models import get_model
+from .models import get_model, model_for
 from .streams import Task, TaskStream, get_stream
 
 # %% ../nbs/continual/13_learner.ipynb #a30c8295
 SCALES = {
-    "quick": dict(model="glyph-vit", epochs=5, batch_size=32, lr=0.005),
-    "small": dict(model="vit-small-64", epochs=10, batch_size=128, lr=0.005),
-    "paper": dict(model="vit-b16", epochs=20, batch_size=192, lr=0.005),
+    "quick": dict(epochs=5, batch_size=32, lr=0.005),
+    "small": dict(epochs=10, batch_size=128, lr=0.005),
+    "paper": dict(epochs=20, batch_size=192, lr=0.005),
 }
 
 # %% ../nbs/continual/13_learner.ipynb #3cd274d8
@@ -250,7 +250,7 @@ def settings(
     scale: str,  # "quick", "small" or "paper"
     **changes,  # those that are not None replace the scale's
 ) -> dict:
-    "Epochs, batch size, learning rate and backbone of a scale. Raises ValueError for an unknown one."
+    "Epochs, batch size and learning rate of a scale. Raises ValueError for an unknown one."
     if scale not in SCALES: raise ValueError(f"Unknown scale {scale!r}; known are {', '.join(SCALES)}.")
     return SCALES[scale] | {k: v for k, v in changes.items() if v is not None}
 
@@ -258,10 +258,10 @@ def settings(
 def run(
     stream: str | TaskStream,  # a stream or its name
     method: str | type = "treelora",  # a method's class or its name
-    scale: str = "quick",  # "quick", "small" or "paper": backbone, epochs, batch size, learning rate
+    scale: str = "quick",  # "quick", "small" or "paper": epochs, batch size, learning rate
     seed: int = 0,  # of the split, the order of batches, the adapters' start and the search
     root: str | Path | None = None,  # data folder, for streams that need one
-    model: str | torch.nn.Module | None = None,  # backbone; None: the scale's
+    model: str | torch.nn.Module | None = None,  # backbone; None: the one that takes the stream's images
     weights: str | Path | None = None,  # safetensors of the backbone; None: those that its name implies
     epochs: int | None = None,  # a task; None: the scale's
     batch_size: int | None = None,
@@ -271,12 +271,12 @@ def run(
     **options,  # of the method
 ) -> Result:
     "Train a method on a stream and measure it. Raises ValueError, before anything starts, for what is unknown or does not fit."
-    chosen, build = settings(scale, model=model, epochs=epochs, batch_size=batch_size, lr=lr), _class_of(method)
+    chosen, build = settings(scale, epochs=epochs, batch_size=batch_size, lr=lr), _class_of(method)
     if isinstance(stream, str): stream = get_stream(stream, scale=scale, seed=seed, root=root)
     set_seed(seed)
-    name, backbone = chosen["model"], chosen.pop("model")
+    name = model_for(stream.image_size, stream.in_chans) if model is None else model
     if isinstance(name, str): backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights)
-    else: name = type(backbone).__name__
+    else: backbone, name = model, type(model).__name__
     _check_fit(backbone, stream)
     learner = Learner(stream, build(backbone, [task.classes for task in stream], seed=seed, **options),
                       seed=seed, curves=curves, progress=progress, **chosen)

@@ -1,0 +1,168 @@
+"The searches against slow, literal readings of their formulas."
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treelora.bandit import SEARCHES, get_search
+from treelora.tree import TaskTree
+
+
+def random_tree(n, seed, layers=4):
+    g, tree = torch.Generator().manual_seed(seed), TaskTree()
+    for k in range(n): tree.insert(f"task {k}", torch.randn(layers, 3, generator=g))
+    return tree
+
+
+class Literal:
+    "Eq. 2 for one layer, as nested tuples and dictionaries: a node is the tuple of its arms."
+
+    def __init__(self, tree, c=1.0, delta=1.0, gamma=0.5, variance=False):
+        self.index = {t: i for i, t in enumerate(tree.tasks)}
+        self.children, self.depth, self.c, self.delta, self.gamma, self.variance = {}, {}, c, delta, gamma, variance
+        self.root = self._grow(tree, tree.root, [self.index[t] for t in tree._names(tree.root)], 0)
+        self.seen = {}
+
+    def _grow(self, tree, node, arms, depth):
+        me = tuple(arms)
+        self.depth[me] = depth
+        if len(arms) > 1:
+            if node is not None and node.children: halves = [(c, [self.index[t] for t in tree._names(c)]) for c in node.children]
+            else: halves = [(None, arms[:(len(arms) + 1) // 2]), (None, arms[(len(arms) + 1) // 2:])]
+            self.children[me] = [self._grow(tree, n, a, depth + 1) for n, a in halves]
+        return me
+
+    def own(self, node, t):
+        xs = self.seen[node]
+        n, mean = len(xs), sum(xs) / len(xs)
+        if not self.variance: return mean - 2 * self.c * math.sqrt(math.log(t) / n)
+        var = sum((x - mean) ** 2 for x in xs) / n
+        return mean - self.c * (math.sqrt(2 * var * math.log(t) / n) + 3 * math.log(t) / n)
+
+    def lcb(self, node, t):
+        if node not in self.seen: return -math.inf
+        if len(node) == 1: return self.own(node, t)
+        lowest = min(self.lcb(child, t) for child in self.children[node])
+        return max(lowest, self.own(node, t) - self.delta * self.gamma ** self.depth[node])
+
+    def choose(self, t):
+        node = self.root
+        while len(node) > 1: node = min(self.children[node], key=lambda c: (self.lcb(c, t), min(c)))
+        return node[0]
+
+    def update(self, arm, loss):
+        for node in self.depth:
+            if arm in node: self.seen.setdefault(node, []).append(loss)
+
+
+@given(st.integers(1, 12), st.integers(0, 10 ** 6), st.sampled_from([1.0, 0.2]), st.booleans())
+def test_tree_lcb_is_equation_2(n, seed, c, variance):
+    tree, rng, L = random_tree(n, seed), random.Random(seed), 3
+    search = get_search("tree-lcb-v" if variance else "tree-lcb", tree, L, c=c)
+    literal = [Literal(tree, c=c, variance=variance) for _ in range(L)]
+    level = [[rng.random() for _ in range(n)] for _ in range(L)]
+    for t in range(1, 40):
+        arms = search.choose(t)
+        assert arms.dtype == torch.long and arms.shape == (L,)
+        assert arms.tolist() == [one.choose(t) for one in literal]
+        losses = [min(1.0, max(0.0, level[l][a] + rng.gauss(0, 0.1))) for l, a in enumerate(arms.tolist())]
+        search.update(arms, torch.tensor(losses, dtype=torch.float64))
+        for one, a, x in zip(literal, arms.tolist(), losses): one.update(a, x)
+
+
+@given(st.integers(1, 10), st.integers(0, 10 ** 6))
+def test_flat_lcb_is_its_formula(n, seed):
+    tree, rng, seen = random_tree(n, seed), random.Random(seed), {}
+    search = get_search("flat-lcb", tree, 1)
+    for t in range(1, 30):
+        bound = lambda k: sum(seen[k]) / len(seen[k]) - 2 * math.sqrt(math.log(t) / len(seen[k])) if k in seen else -math.inf
+        want = min(range(n), key=lambda k: (bound(k), k))
+        assert search.choose(t).tolist() == [want]
+        x = rng.random()
+        search.update(torch.tensor([want]), torch.tensor([x], dtype=torch.float64))
+        seen.setdefault(want, []).append(x)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30))
+def test_means_and_variances_are_exact(xs):
+    search = get_search("random", random_tree(2, 0), 1)
+    for x in xs: search.update(torch.tensor([1]), torch.tensor([x], dtype=torch.float64))
+    leaf = search.nodes.leaves[1]
+    values = torch.tensor(xs, dtype=torch.float64)
+    assert search.means[0, leaf].item() == pytest.approx(values.mean().item(), abs=1e-12)
+    assert search.squares[0, leaf].item() == pytest.approx(((values - values.mean()) ** 2).sum().item(), abs=1e-9)
+    assert search.counts[0, 0].item() == len(xs) and search.pulls().tolist() == [[0, len(xs)]]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_plays_and_repeats(name):
+    tree = random_tree(9, 1)
+    picks = []
+    for _ in range(2):
+        search = get_search(name, tree, 4, seed=7)
+        picks.append([])
+        for t in range(1, 60):
+            arms = search.choose(t)
+            assert arms.dtype == torch.long and ((0 <= arms) & (arms < 9)).all()
+            search.update(arms, arms.double() / 9)
+            picks[-1].append(arms.tolist())
+    assert picks[0] == picks[1]
+
+
+@pytest.mark.parametrize("name", ["tree-lcb", "tree-lcb-v", "flat-lcb", "sweep", "epsilon-greedy"])
+def test_the_nearest_task_wins_in_the_long_run(name):
+    tree = random_tree(8, 2)
+    options = {"c": 0.1} if "lcb" in name else {}
+    search = get_search(name, tree, 2, **options)
+    losses = torch.linspace(0.9, 0.1, 8).double()
+    for t in range(1, 400): 
+        arms = search.choose(t)
+        search.update(arms, losses[arms])
+    assert search.best().tolist() == [7, 7]
+    assert (search.pulls()[:, 7] > 200).all()
+
+
+def test_sweep_takes_all_losses():
+    search = get_search("sweep", random_tree(3, 0), 2)
+    search.update_all(torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.5, 0.4]]))
+    assert search.choose(2).tolist() == [1, 0] and search.pulls().tolist() == [[1, 1, 1]] * 2
+
+
+def test_softmax_prefers_the_farther_tasks():
+    shares = []
+    for near in range(4):
+        search, losses, hits = get_search("softmax", random_tree(4, near), 8, horizon=500), torch.ones(4).double(), 0.0
+        losses[near] = 0.1
+        for t in range(1, 501):
+            arms = search.choose(t)
+            search.update(arms, losses[arms])
+            hits += (arms == near).double().mean().item() / 500
+        shares.append(hits)
+    assert sum(shares) / 4 < 0.2  # blind chance is 0.25
+
+
+def test_rescale_shrinks_means_only_of_its_layer():
+    search = get_search("tree-lcb", random_tree(2, 0), 2)
+    search.update(torch.tensor([0, 0]), torch.tensor([1.0, 1.0]))
+    search.rescale(torch.tensor([0.5, 1.0]).double())
+    assert search.leaf_means()[:, 0].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("losses, words", [
+    ([1.5], r"\[0, 1\]"), ([float("nan")], r"\[0, 1\]"), ([-0.1], r"\[0, 1\]"), ([0.1, 0.2], "shape")])
+def test_bad_losses_change_nothing(losses, words):
+    search = get_search("tree-lcb", random_tree(2, 0), 1)
+    search.update(torch.tensor([0]), torch.tensor([0.5]))
+    before = search.counts.clone(), search.means.clone()
+    with pytest.raises(ValueError, match=words): search.update(torch.tensor([0]), torch.tensor(losses))
+    assert torch.equal(search.counts, before[0]) and torch.equal(search.means, before[1])
+
+
+def test_unknown_names_and_empty_trees():
+    with pytest.raises(ValueError, match="known are tree-lcb, tree-lcb-v, flat-lcb"): get_search("best", random_tree(2, 0), 1)
+    with pytest.raises(ValueError, match="tree is empty"): get_search("uct", TaskTree(), 1)
+    with pytest.raises(ValueError, match="n_layers=0"): get_search("uct", random_tree(2, 0), 0)
+    assert get_search("tree-lcb", random_tree(1, 0), 3).choose(1).tolist() == [0, 0, 0]

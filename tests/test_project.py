@@ -1,0 +1,105 @@
+"The package as others get it: what it imports, what it carries, its command line, its figures from files."
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import treelora
+from treelora.cli import main
+from treelora.figures import caption, figure, load_results, save_all
+from treelora.tables import parts_table, table
+
+ROOT = Path(__file__).parent.parent
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'nbdev', 'fastcore', 'execnb', 'datasets', 'gguf', 'IPython'}: raise ImportError(name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+@pytest.mark.parametrize("module", sorted(str(p.relative_to(ROOT))[:-3].replace("/", ".") for p in (ROOT / "treelora").rglob("*.py")
+                                          if p.name not in ("_modidx.py", "__init__.py")))
+def test_modules_import_without_development_packages(module):
+    done = subprocess.run([sys.executable, "-c", BLOCK + f"import {module}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_core_needs_nothing_above_it():
+    code = "import sys, treelora.algorithm; print([m for m in ('timm', 'matplotlib', 'accelerate', 'treelora.learner') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_package_data_and_version():
+    assert treelora.__version__ in (ROOT / "settings.ini").read_text()
+    files = resources.files("treelora")
+    assert files.joinpath("data/paper_tables.csv").is_file()
+    weights = files.joinpath("weights/glyph_vit.safetensors")
+    assert 0 < len(weights.read_bytes()) < 4_000_000
+
+
+def fake_result(method, seed, op, trees=()):
+    R = [[1.0, None], [op, op]]
+    return {"format": 1, "config": {"stream": "split-digits", "scale": "quick", "method": method, "seed": seed, "model": "m", "epochs": 1},
+            "tasks": ["d-0-1", "d-2-3"], "R": R, "scores": {"op": op, "bwt": 1 - op, "average_curve": [1.0, op]}, "seconds": {"train": 2.0 + seed},
+            "samples_per_second": 100.0 + seed, "curves": [{"task": "d-2-3", "samples": [1, 10], "accuracy": [0.5, op]}] * 2,
+            "trees": list(trees), "device": "none"}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "split-digits" / "quick"
+    folder.mkdir(parents=True)
+    trees = [{"after": "d-0-1", "groups": [[["d-0-1"]]]}, {"after": "d-2-3", "groups": [[["d-0-1", "d-2-3"]], [["d-0-1"], ["d-2-3"]]]}]
+    for method, op in (("seqlora", 0.2), ("treelora", 0.9)):
+        for seed in (0, 1):
+            result = fake_result(method, seed, op + 0.02 * seed, trees if method == "treelora" else ())
+            (folder / f"{method}-seed{seed}.json").write_text(json.dumps(result))
+    return tmp_path / "results"
+
+
+def test_figures_from_files(results, tmp_path):
+    paths = save_all(results, tmp_path / "figures")
+    assert {p.name for p in paths} == {f"figure{n}.{s}" for n in (1, 4, 5, 8) for s in ("svg", "png")}
+    assert all(p.stat().st_size > 1000 for p in paths)
+    first = [p.read_bytes() for p in paths]
+    assert [p.read_bytes() for p in save_all(results, tmp_path / "figures")] == first
+    assert "seeds 0, 1" in caption(4, results)
+
+
+def test_table_puts_ours_beside_the_papers(results):
+    rows = {r[0]: r for r in table(1, results).rows}
+    assert rows["TreeLoRA"][1] == "88.54 ± 0.05" and rows["TreeLoRA"][-3:] == ["91.00 ± 1.41", "9.00 ± 1.41", "2.50 ± 0.71"]
+    assert rows["GEM"][-3:] == ["–"] * 3
+    assert [r[0] for r in parts_table(results).rows] == ["seqlora", "treelora"]
+
+
+def test_missing_and_broken_results(results, tmp_path):
+    with pytest.raises(FileNotFoundError, match="treelora figures --run missing"): figure(4, tmp_path / "none")
+    with pytest.raises(ValueError, match="known are"): figure(2, results)
+    with pytest.raises(ValueError, match="tables 1 to 13"): table(0)
+    (results / "split-digits" / "quick" / "seqlora-seed0.json").write_text("[]")
+    with pytest.raises(ValueError, match="seqlora-seed0.json"): load_results(results)
+
+
+def test_command_line(results, tmp_path, capsys):
+    assert main(["table", "1", "--results", str(results)]) == 0 and "TreeLoRA" in capsys.readouterr().out
+    assert main(["figures", "--results", str(results), "--out", str(tmp_path / "f")]) == 0
+    assert "8 files" in capsys.readouterr().out
+    assert main(["streams"]) == 0 and "split-tiny-imagenet" in capsys.readouterr().out
+    assert main(["run", "--stream", "none", "--quiet"]) == 2 and "split-digits" in capsys.readouterr().err
+    assert main(["run", "--stream", "split-fashion-mnist", "--root", str(tmp_path / "none")]) == 2
+    assert "dataset-fashion-mnist" in capsys.readouterr().err
+    with pytest.raises(SystemExit): main(["no-such-command"])
+
+
+def test_run_writes_its_result(tmp_path, capsys):
+    assert main(["run", "--method", "seqlora", "--epochs", "1", "--quiet", "--results", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "split-digits" / "quick" / "seqlora-seed0.json").read_text())
+    assert saved["config"]["epochs"] == 1 and len(saved["R"]) == 5
+    assert "OP" in capsys.readouterr().out
