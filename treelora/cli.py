@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../nbs/cli/60_cli.ipynb #def81658
-import argparse, sys
+# %% ../nbs/cli/60_cli.ipynb #6509e1ae
+import argparse, json, sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def _add_others(commands) -> None:
     p = commands.add_parser("pretrain", help="make the backbone's weights again")
     p.add_argument("--model", default="glyph-vit", help="glyph-vit (quick) or vit-small-64 (small; wants --root)")
     p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    p.add_argument("--report", type=Path, help="JSON file for losses, accuracies and time")
     p.add_argument("--root", type=Path, help="data folder, for models that are trained on one")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(act=_pretrain)
@@ -105,7 +106,9 @@ def _bench(args) -> None:
 
 def _pretrain(args) -> None:
     from treelora.pretrain import pretrain
-    print(pretrain(args.out, args.model, seed=args.seed, root=args.root))
+    report = pretrain(args.out, args.model, args.report, args.seed, args.root)
+    print(f"{args.model}: {report['n_params']:,} parameters, {report['seconds']:.0f} s on {report['device']}; {args.out}")
+    print(json.dumps({k: v for k, v in report.items() if k in ("probe", "validation")}))
 
 # %% ../nbs/cli/60_cli.ipynb #077c6943
 def parser() -> argparse.ArgumentParser:
