@@ -7,7 +7,7 @@ __all__ = ['LOOKS', 'FIRST', 'FIGURES', 'STREAMS', 'load_results', 'over_seeds',
            'save_figure', 'save_all']
 
 # %% ../nbs/figures/50_figures.ipynb #1718892a
-import json
+import io, json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +83,14 @@ def style() -> Iterator[None]:
         yield
 
 
+class _SelfShowing(Figure):
+    "A figure that a notebook shows by itself: nothing here needs pyplot, and its list of open figures stays empty."
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        with style(): self.savefig(file, format="png", dpi=110)
+        return file.getvalue()
+
+
 def _band(ax: Axes, x: np.ndarray, runs: Sequence, method: str) -> None:
     "A line with a band of one standard deviation."
     mean, std = over_seeds(runs)
@@ -92,7 +100,7 @@ def _band(ax: Axes, x: np.ndarray, runs: Sequence, method: str) -> None:
 # %% ../nbs/figures/50_figures.ipynb #97088b02
 def _figure_1(found: dict) -> Figure:
     "Learning curves of the last task."
-    fig = Figure(figsize=(3.4, 2.5))
+    fig = _SelfShowing(figsize=(3.4, 2.5))
     ax = fig.subplots()
     for method in ("seqlora", "treelora", "treelora-branch"):
         runs = [r["curves"][-1] for r in found.get(method, []) if r["curves"]]
@@ -104,7 +112,7 @@ def _figure_1(found: dict) -> Figure:
 # %% ../nbs/figures/50_figures.ipynb #9ee0f57b
 def _figure_4(found: dict) -> Figure:
     "Accuracy over tasks, training time, accuracy against speed."
-    fig = Figure(figsize=(6.9, 2.5))
+    fig = _SelfShowing(figsize=(6.9, 2.5))
     axes = fig.subplots(1, 3, width_ratios=(1.25, 1, 1))
     shown = [m for m in FIRST if m in found]
     _accuracy_over_tasks(axes[0], found, shown)
@@ -178,7 +186,7 @@ def _short(name: str) -> str:
 def _figure_5(found: dict) -> Figure:
     "The tree after the last task, first seed."
     trees = _trees(found)
-    fig = Figure(figsize=(3.4, 2.2))
+    fig = _SelfShowing(figsize=(3.4, 2.2))
     _draw_groups(fig.subplots(), trees[-1]["groups"], _short)
     return fig
 
@@ -187,7 +195,7 @@ def _figure_8(found: dict) -> Figure:
     "The tree after each task, first seed."
     trees = _trees(found)
     n = min(len(trees), 5)
-    fig = Figure(figsize=(6.9, 1.9 * -(-len(trees) // n)))
+    fig = _SelfShowing(figsize=(6.9, 1.9 * -(-len(trees) // n)))
     axes = np.atleast_1d(fig.subplots(-(-len(trees) // n), n)).flatten()
     for ax in axes: ax.set_axis_off()
     for ax, tree in zip(axes, trees):

@@ -9,6 +9,7 @@ __all__ = ['NAMES', 'NOTHING', 'OURS', 'PARTS', 'Table', 'table', 'parts_table']
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,15 @@ class Table:
         return "\n".join([f"**{self.title}**", "", line(self.head), "|---|" + "---:|" * (len(self.head) - 1), *map(line, self.rows)])
 
     def __str__(self) -> str:
-        widths = [max(len(r[i]) for r in [self.head, *self.rows]) for i in range(len(self.head))]
+        groups, names = zip(*(h.rpartition(", ")[::2] for h in self.head))
+        rows = [[c.replace(" ± ", "±") for c in r] for r in self.rows]
+        widths = [max(len(r[i]) for r in [names, *rows]) for i in range(len(names))]
+        blocks = [list(block) for _, block in groupby(range(len(names)), key=groups.__getitem__)]
+        span = lambda block: sum(widths[i] + 2 for i in block) - 2
+        for b in blocks: widths[b[0]] += max(0, len(groups[b[0]]) - span(b))
+        over = "  ".join(groups[b[0]].center(span(b)) for b in blocks).rstrip()
         line = lambda cells: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-        return "\n".join([self.title, "", line(self.head), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, self.rows)])
+        return "\n".join([self.title, "", *([over] if over else []), line(names), "-" * span(range(len(names))), *map(line, rows)])
 
 # %% ../nbs/figures/51_tables.ipynb #5290c717
 NAMES = {"SeqLoRA": "seqlora", "HiDeLoRA": "hidelora", "TreeLoRA": "treelora", "GEM": "gem", "EWC": "ewc", "L2P": "l2p",
@@ -77,7 +84,7 @@ def table(
     "One of the paper's tables with our columns beside it, empty where nothing was run. Raises ValueError for an unknown number."
     rows, ours = paper_table(n), _results(results, stream, scale) if n == 1 else {}
     settings, metrics = (list(dict.fromkeys(r[k] for r in rows)) for k in ("setting", "metric"))
-    values = {(r["setting"], r["method"], r["metric"]): _cell(r["mean"], r["std"]) for r in rows}
+    values = {(r["setting"], r["method"], r["metric"]): _cell(r["mean"], r["std"], _digits(r["metric"])) for r in rows}
     methods = list(dict.fromkeys(r["method"] for r in rows))
     columns = [(s, m) for s in settings for m in metrics if any((s, x, m) in values for x in methods)]
     others = [m for m in ours if m not in {NAMES.get(x) for x in methods}]
@@ -90,6 +97,11 @@ def table(
 def _our_cells(runs: Sequence[dict]) -> list[str]:
     "Our three columns of one method."
     return [_ours(runs, pick) for _, pick in OURS]
+
+
+def _digits(metric: str) -> int:
+    "The paper gives whole seconds."
+    return 0 if metric == "time_s" else 2
 
 
 def _metric(name: str) -> str:
