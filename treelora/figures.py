@@ -55,7 +55,7 @@ def over_seeds(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
 LOOKS = {  # method -> label, colour, marker, line
     "treelora": ("TreeLoRA", "#0072B2", "o", "-"),
     "treelora-branch": ("TreeLoRA-branch", "#009E73", "s", "-"),
-    "treelora-plain": ("TreeLoRA, plain head", "#56B4E9", "^", "--"),
+    "treelora-plain": ("TreeLoRA, plain", "#56B4E9", "^", "--"),
     "treelora-tii": ("TreeLoRA + TII", "#CC79A7", "D", "--"),
     "seqlora": ("SeqLoRA", "#D55E00", "v", "-"),
     "seqlora-wtp": ("SeqLoRA + WTP", "#E69F00", "<", ":"),
