@@ -322,7 +322,7 @@ def _from_folder(
         raise FileNotFoundError(f"The stream {name!r} found no task in {places}: {layout}")
     skipped = {t: missing(folder, t) for t in tasks if missing(folder, t)}
     for task, lacks in skipped.items():
-        warnings.warn(f"The stream {name!r} leaves out the task {task!r}, because {' and '.join(lacks)} is missing in {folder / task}.", stacklevel=2)
+        warnings.warn(f"The stream {name!r} leaves out the task {task!r}, because there is no {' and no '.join(lacks)} in {folder / task}.", stacklevel=5)
     found = [read(folder, t) for t in tasks if t not in skipped]
     return TextStream(name, scale, seed, [_drawn(t, seed) for t in found] if scale == "quick" else found, tuple(skipped))
 
