@@ -143,24 +143,37 @@ def _longest_first(
 TextStream.loader = _text_loader
 
 # %% ../nbs/continual/16_text.ipynb #c9ce6a38
+CHARACTERS = 1 << 16  # of a batch of test prompts, padding included: generation keeps keys and values of all of them
+
+
+def _test_batches(
+    lengths: Sequence[int],  # characters
+    batch_size: int,  # at most
+) -> Iterator[list[int]]:
+    "Indices of similar lengths, longest first, no batch with too many characters."
+    order = _longest_first(lengths)
+    while order:
+        n = max(1, min(batch_size, CHARACTERS // max(lengths[order[0]], 1)))
+        yield order[:n]
+        order = order[n:]
+
+
 def _text_evaluate(
     self,
     task: TextTask | int | str,  # a task, its position, or its name
     predict: Callable[[list[str]], list[str]],  # prompts -> outputs, one each, in the same order
-    batch_size: int = 32,
+    batch_size: int = 64,  # at most; fewer where prompts are long
     seed: int = 0,  # unused: nothing is drawn
     prepare: Callable | None = None,  # unused: prompts are text, and `predict` places them where it wants them
 ) -> float:  # in [0, 1]
     "The score of a task's test outputs by its metric; `ValueError` for an unknown task or a wrong number of outputs."
     task = task if isinstance(task, TextTask) else self[task]
-    order = _longest_first(task.test.lengths)
     outputs = {}
-    for lo in range(0, len(order), batch_size):
-        batch = order[lo : lo + batch_size]
+    for batch in _test_batches(task.test.lengths, batch_size):
         given = predict([task.test[i].prompt for i in batch])
         if len(given) != len(batch): raise ValueError(f"Task {task.name!r}: {len(batch)} prompts were given, but {len(given)} outputs came back.")
         outputs.update(zip(batch, given))
-    return score(task.metric, [outputs[i] for i in range(len(order))], [e.answer for e in task.test], [e.prompt for e in task.test])
+    return score(task.metric, [outputs[i] for i in range(len(task.test))], [e.answer for e in task.test], [e.prompt for e in task.test])
 
 
 TextStream.evaluate = _text_evaluate
@@ -234,7 +247,7 @@ def _cldr_task(
     if len(found[0]) < n_train or len(found[1]) < n_test:
         raise ValueError(f"CLDR has {len(found[0])} names in {title} ({language}) to train with and {len(found[1])} to test with, but "
                          f"{n_train} and {n_test} are asked for; ask for fewer, or leave the language out.")
-    example = lambda c: Example(f"Translate English to {title}.\nEnglish: {c}\n{title}:", " " + names[c])
+    example = lambda c: Example(f"English: {c}\n{title}:", " " + names[c])
     train, test = (TextSet([example(c) for c in concepts[:n]]) for concepts, n in zip(found, (n_train, n_test)))
     return TextTask(language, train, test, "chrf", max_answer=24)
 
