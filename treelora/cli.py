@@ -51,7 +51,8 @@ def _add_run(commands) -> None:
 
 def _add_figures(commands) -> None:
     p = commands.add_parser("figures", help="draw all figures for which there are results, and print the table")
-    p.add_argument("--run", choices=("no", "missing", "all"), default="no", help="which experiments to run first")
+    p.add_argument("--run", choices=("no", "missing", "vision", "all"), default="no",
+                   help="which experiments to run first: what --stream misses, the quick vision set, or that and the quick language set")
     p.add_argument("--stream", default="split-digits")
     p.add_argument("--scale", default="quick")
     p.add_argument("--root", type=Path)
@@ -92,13 +93,29 @@ def _run(args) -> None:
 
 
 def _figures(args) -> None:
-    from treelora.experiments import run_set
     from treelora.figures import save_all
-    if args.run != "no":
-        run_set(args.stream, args.scale, results=args.results, missing_only=args.run == "missing", progress=not args.quiet, root=args.root)
+    _experiments(args)
     paths = save_all(args.results, args.out, args.stream, args.scale)
     _print_table(1, args.results)
+    if args.stream == "split-digits" and (args.results / "cldr" / "quick").exists(): paths += _language_figures(args)
     print(f"\n{len(paths)} files in {args.out}/: {', '.join(sorted({p.stem for p in paths}))} (.svg and .png); results in {args.results}/")
+
+
+def _experiments(args) -> None:
+    if args.run == "no": return
+    from treelora.experiments import run_set
+    from treelora.experiments_llm import run_language_set
+    common = dict(results=args.results, missing_only=args.run == "missing", progress=not args.quiet)
+    if args.stream == "cldr" or args.run == "all": run_language_set(**common)
+    if args.stream != "cldr": run_set(args.stream, args.scale, root=args.root, **common)
+
+
+def _language_figures(args) -> list[Path]:
+    from treelora.figures import save_all
+    from treelora.language_figures import save_language_figures
+    from treelora.tables import parts_table
+    print(f"\n{parts_table(args.results, 'cldr')}")
+    return save_all(args.results, args.out, "cldr") + save_language_figures(args.results, args.out)
 
 
 def _print_table(number: int, results: Path) -> None:

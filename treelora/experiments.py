@@ -36,10 +36,11 @@ def tune(
     methods: Sequence[str] = MAIN + PARTS,
     results: str | Path = "results",
     progress: bool = True,
+    rates: Sequence[float] = RATES,
     **settings,  # of `treelora.learner.run`, e.g. root
 ) -> dict[str, float]:  # method -> learning rate
     "Choose each method's learning rate on the tuning seed and write the file that `tuned_rate` reads."
-    tried = {m: {str(lr): run(stream, m, scale, TUNING_SEED, lr=lr, progress=progress, **settings).op for lr in RATES} for m in methods}
+    tried = {m: {str(lr): run(stream, m, scale, TUNING_SEED, lr=lr, progress=progress, **settings).op for lr in rates} for m in methods}
     best = {m: float(max(row, key=row.get)) for m, row in tried.items()}
     path = Path(results) / stream / scale / "tuning.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'FIRST', 'CEILINGS', 'FIGURES', 'STREAMS', 'load_results', 'over_seeds', 'score_name', 'look', 'style',
-           'figure', 'caption', 'save_figure', 'save_all']
+           'SelfShowing', 'draw_groups', 'figure', 'caption', 'save_figure', 'save_all']
 
 # %% ../nbs/figures/50_figures.ipynb #1718892a
 import io, json
@@ -94,7 +94,7 @@ def style() -> Iterator[None]:
         yield
 
 
-class _SelfShowing(Figure):
+class SelfShowing(Figure):
     "A figure that a notebook shows by itself: nothing here needs pyplot, and its list of open figures stays empty."
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -111,7 +111,7 @@ def _band(ax: Axes, x: np.ndarray, runs: Sequence, method: str) -> None:
 # %% ../nbs/figures/50_figures.ipynb #97088b02
 def _figure_1(found: dict) -> Figure:
     "Learning curves of the last task."
-    fig = _SelfShowing(figsize=(3.4, 2.5))
+    fig = SelfShowing(figsize=(3.4, 2.5))
     ax = fig.subplots()
     for method in ("seqlora", "treelora", "treelora-branch"):
         runs = [r["curves"][-1] for r in found.get(method, []) if r["curves"]]
@@ -124,7 +124,7 @@ def _figure_1(found: dict) -> Figure:
 # %% ../nbs/figures/50_figures.ipynb #9ee0f57b
 def _figure_4(found: dict) -> Figure:
     "Accuracy over tasks, training time, accuracy against speed."
-    fig = _SelfShowing(figsize=(6.9, 2.5))
+    fig = SelfShowing(figsize=(6.9, 2.5))
     axes = fig.subplots(1, 3, width_ratios=(1.25, 1, 1))
     shown = [m for m in FIRST if m in found]
     _accuracy_over_tasks(axes[0], found, shown)
@@ -170,7 +170,7 @@ def _speed(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     ax.set(xlabel="training samples a second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
 
 # %% ../nbs/figures/50_figures.ipynb #41321e9a
-def _draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> None:
+def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> None:
     "A tree from its groups at each depth; a group that no level divides further is a leaf."
     levels = [level for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
     order = [task for leaf in _leaves(levels) for task in leaf]
@@ -204,8 +204,8 @@ def _short(name: str) -> str:
 def _figure_5(found: dict) -> Figure:
     "The tree after the last task, first seed."
     trees = _trees(found)
-    fig = _SelfShowing(figsize=(3.4, 2.2))
-    _draw_groups(fig.subplots(), trees[-1]["groups"], _short)
+    fig = SelfShowing(figsize=(3.4, 2.2))
+    draw_groups(fig.subplots(), trees[-1]["groups"], _short)
     return fig
 
 
@@ -213,11 +213,11 @@ def _figure_8(found: dict) -> Figure:
     "The tree after each task, first seed."
     trees = _trees(found)
     n = min(len(trees), 5)
-    fig = _SelfShowing(figsize=(6.9, 1.9 * -(-len(trees) // n)))
+    fig = SelfShowing(figsize=(6.9, 1.9 * -(-len(trees) // n)))
     axes = np.atleast_1d(fig.subplots(-(-len(trees) // n), n)).flatten()
     for ax in axes: ax.set_axis_off()
     for ax, tree in zip(axes, trees):
-        _draw_groups(ax, tree["groups"], _short)
+        draw_groups(ax, tree["groups"], _short)
         ax.set_ylim(-max(len(t["groups"]) for t in trees) + 1.1, 0.3)
         ax.set_title(f"after {_short(tree['after'])}", fontsize=8)
     return fig
