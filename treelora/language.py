@@ -205,8 +205,8 @@ def _answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[to
     labels = batch["labels"]
     k = labels.shape[1] - int((labels != IGNORED).any(0).nonzero()[0])
     inputs = {name: x for name, x in batch.items() if name != "labels"}
-    logits = model(**inputs, logits_to_keep=min(k + 1, labels.shape[1]), use_cache=False).logits
-    return logits[:, -k - 1:-1].float(), labels[:, -k:]
+    kept = torch.arange(labels.shape[1] - k - 1, labels.shape[1] - 1, device=labels.device)  # as indices: a slice would be strided, and slow in bf16
+    return model(**inputs, logits_to_keep=kept, use_cache=False).logits.float(), labels[:, -k:]
 
 
 @torch.no_grad()

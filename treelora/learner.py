@@ -313,7 +313,7 @@ def run(
     chosen = settings(scale, stream.kind, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule)
     build = _class_of(method, stream.kind)
     set_seed(seed)
-    backbone, name = BACKBONES[stream.kind](stream, model, seed, weights)
+    backbone, name = BACKBONES[stream.kind](stream, model, seed, weights, precision)
     learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision, **chosen)
     with learner.watch("total"): learner.fit()
     return _result(learner, {"stream": stream.name, "kind": stream.kind, "method": build.name, "scale": scale, "seed": seed, "model": name, "precision": precision} | chosen)
@@ -327,7 +327,7 @@ def _made(build: type, backbone, stream: Stream, seed: int, options: dict):
         raise ValueError(f"The method {build.name!r} has no setting {str(error).split()[-1]}; it was given {', '.join(options)}.") from None
 
 
-def _vision_backbone(stream: Stream, model, seed: int, weights) -> tuple[torch.nn.Module, str]:
+def _vision_backbone(stream: Stream, model, seed: int, weights, precision: str) -> tuple[torch.nn.Module, str]:
     "The model that takes the stream's images, and its name."
     name = model_for(stream.image_size, stream.in_chans) if model is None else model
     if isinstance(name, str): backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights)
@@ -336,12 +336,13 @@ def _vision_backbone(stream: Stream, model, seed: int, weights) -> tuple[torch.n
     return backbone, name
 
 
-def _language_backbone(stream: Stream, model, seed: int, weights) -> tuple[tuple, str]:
+def _language_backbone(stream: Stream, model, seed: int, weights, precision: str) -> tuple[tuple, str]:
     "A language model with its tokenizer, and its name."
     if weights is not None: raise ValueError("weights= is for vision backbones; pass a language model's folder or name as model=.")
     if isinstance(model, tuple): return model, type(model[0]).__name__
     from treelora.language import load_language_model  # here: vision runs need no transformers
-    return load_language_model(model or "smollm2", attention=_attention(stream)), str(model or "smollm2")
+    dtype = torch.bfloat16 if precision == "bf16" else "auto"  # of the frozen weights; PEFT keeps the adapters in float32
+    return load_language_model(model or "smollm2", dtype, attention=_attention(stream)), str(model or "smollm2")
 
 
 SHORT = 1000  # characters
