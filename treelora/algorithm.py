@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .bandit import Search, SearchTree, check_search, get_search
-from .lora import adapters_off, lora_layers
+from .lora import adapters_off, lora_layers, row_adapters
 from .signature import Layout, Rows, Signature, get_signature
 from .sparse import dot_gradient, keep_top_, l1_gradient, prox_, ramp
 from .tree import TaskTree, merge_lora
@@ -280,14 +280,17 @@ class Routed:
         if self.inference == "latest": return forward(inputs)
         if features is None: raise ValueError('inference="routed" needs features=f, f the model\'s features of some inputs.')
         with adapters_off(self.model): tasks = self.route(features(inputs))
-        return grouped(inputs, tasks, lambda task, x: self._forward_as(self.bank.names[task], x, forward))
+        with self.serving(tasks): return forward(inputs)
 
-    def _forward_as(self, name: str, inputs: torch.Tensor, forward: Callable) -> torch.Tensor:
-        "Outputs under one task's adapter."
-        own = self._read()
-        self._write(self.bank.adapter(name))
-        try: return forward(inputs)
-        finally: self._write(own)
+    def serving(
+        self,
+        tasks: torch.Tensor,  # (n,) task of each row of the batches to come, as `route` gives them
+    ):
+        "A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i]."
+        slots, which = self.bank.slot[tasks.cpu()].unique(return_inverse=True)
+        device = self.params[0].device
+        pairs = self.layout.pairs(self.bank.adapters[slots].to(device))
+        return row_adapters(self.model, self.layout.names, pairs, which.to(device), self.adapter)
 
     def _keep_features(self, now: TaskInProgress) -> None:
         "Add a finished task's feature statistics to those of all tasks."
@@ -437,16 +440,18 @@ class TreeLoRA(Routed, Saved):
         top_fraction: float | None = None,  # keep only the largest entries of the gradient (S in Eq. 3)
         search_options: dict | None = None,  # of the search, e.g. {"c": 0.05}
         search_rounds: int | None = None,  # with init="branch": rounds that look for it; None: two for each task, at most 64
+        relative: bool = False,  # measure lambda in units of each layer's mean absolute gradient; for "l1" only
         adapter: str = "default",  # PEFT's name of the adapter
         seed: int = 0,
     ):
+        if relative and penalty != "l1": raise ValueError(f'relative=True belongs to penalty="l1", not to {penalty!r}, whose lambda has a unit of its own.')
         if lam < 0: raise ValueError(f"lam={lam} must not be negative.")
         check_search(search)
         self.model, self.lam, self.search, self.ramp, self.top_fraction, self.seed = model, lam, search, ramp, top_fraction, seed
         self.signal, self.penalty = _one_of("signal", signal, SIGNALS), _one_of("penalty", penalty, PENALTIES)
         self.init, self.inference = _one_of("init", init, INITS), _one_of("inference", inference, INFERENCES)
         self.signature, self._signature = signature, get_signature(signature)
-        self.search_options, self.search_rounds = search_options or {}, search_rounds
+        self.search_options, self.search_rounds, self.relative, self.adapter = search_options or {}, search_rounds, relative, adapter
         self.layout = Layout(lora_layers(model, adapter))
         self.params = self.layout.params
         self.tree, self.bank, self.stats = TaskTree(split, depth, budget), Bank(self.layout), FeatureStats()
@@ -468,7 +473,7 @@ class TreeLoRA(Routed, Saved):
     def config(self) -> dict:
         "What this object was made with, less the model."
         names = ("lam", "signature", "search", "signal", "penalty", "init", "inference", "ramp", "top_fraction",
-                 "search_options", "search_rounds", "seed")
+                 "search_options", "search_rounds", "relative", "seed")
         return {n: getattr(self, n) for n in names} | {n: getattr(self.tree, n) for n in ("split", "depth", "budget")}
 
     def _make_buffers(self) -> None:
@@ -546,12 +551,30 @@ class TreeLoRA(Routed, Saved):
         nothing is recorded."""
         now = self._open()
         grads = self._grads()
-        for norms, t in now.norms.send(torch.stack(torch._foreach_norm(grads, 1)), now.round + 1): _finite(self.layout.names, norms, now.name, t)
+        norms = torch.stack(torch._foreach_norm(grads, 1))
+        for sizes, t in now.norms.send(norms, now.round + 1): _finite(self.layout.names, sizes, now.name, t)
         seen = self._observe(now, grads, loss) if now.looks else None
         self._record(now, grads)
         if seen: self._learn(now, *seen)
         if now.searching: self._hold(now, grads)
-        elif now.search is not None: self._pull(now, grads, loss)
+        elif now.search is not None: self._pull(now, grads, loss, norms)
+
+    def look(
+        self,
+        loss: Callable[[], torch.Tensor],  # computes a batch's loss under the model as it is
+    ) -> bool:  # whether the search goes on
+        """A round of the search for the branch by itself, before the first `step`: one forward pass, no backward (`init="branch"`, `signal="loss"`).
+
+        Raises ValueError outside a task, and for another signal: those need gradients."""
+        now = self._open()
+        if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
+        if now.round >= now.search_rounds or now.search is None: return False
+        seen = self._observe(now, [], loss)
+        now.round += 1
+        if now.rounds is not None: now.rounds += 1  # these rounds come on top of the steps
+        self._learn(now, *seen)
+        self._hold(now, [])
+        return now.round < now.search_rounds
 
     def _open(self) -> TaskInProgress:
         "The task in progress."
@@ -631,7 +654,7 @@ class TreeLoRA(Routed, Saved):
 
     def _hold(self, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
         "A round of the search for the branch: the adapter stays still; after the last one it becomes the branch's."
-        torch._foreach_zero_(grads)
+        if grads: torch._foreach_zero_(grads)
         if now.round < now.search_rounds: return
         for seen, then in now.losses.flush(): self._tell(now, then, seen.double())
         now.arms = now.search.best()
@@ -639,16 +662,22 @@ class TreeLoRA(Routed, Saved):
         self._write(now.branch)
         now.signature.begin(self.params)
 
-    def _pull(self, now: TaskInProgress, grads: list[torch.Tensor], loss) -> None:
+    def _pull(self, now: TaskInProgress, grads: list[torch.Tensor], loss, norms: torch.Tensor) -> None:
         "Restrict the gradient (S in Eq. 3) and add the penalty's, or leave the pull to `prox`."
         if self.top_fraction is not None: keep_top_(grads, self.top_fraction)
         if now.search_rounds == 0: now.branch = self.bank.gather(
             self.bank.adapters, now.arms.expand(self.layout.n_layers), self._stored.matrix)
         if self.penalty == "prox" or self.lam == 0: return
         theta = self._theta.load_(self._values()).matrix
-        if self.penalty == "l1": l1_gradient(theta, now.branch, out=self._scratch.matrix)
+        if self.penalty == "l1":
+            l1_gradient(theta, now.branch, out=self._scratch.matrix)
+            if self.relative: self._scratch.matrix.mul_(self._mean_gradients(norms))
         else: self._scratch.matrix.copy_(dot_gradient(theta, now.branch, self._loss_value(loss)))
         self._scratch.add_to(grads, self._strength(now))
+
+    def _mean_gradients(self, norms: torch.Tensor) -> torch.Tensor:  # (L, 1)
+        "Each layer's mean absolute gradient, from the L1 norms of its A and B."
+        return (norms.view(-1, 2).sum(1) / torch.tensor(self.layout.sizes, device=norms.device))[:, None]
 
     def _loss_value(self, loss) -> torch.Tensor | float:
         "The size of the task's loss, for the penalty that is scaled to it."

@@ -6,6 +6,7 @@
 __all__ = ['SIGNATURES', 'Layout', 'Rows', 'Signature', 'GradSignature', 'UpdateSignature', 'WeightSignature', 'get_signature']
 
 # %% ../nbs/core/01_signature.ipynb #99ba8bf7
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,15 @@ class Layout:
         "The parts of a matrix, shaped as the parameters that they stand for."
         return [view for row, (a, b), size in zip(matrix, self.shapes, self.sizes)
                 for view in _split(row[:size], a, b)]
+
+    def pairs(
+        self,
+        adapters: torch.Tensor,  # (K, L, D)
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # for each layer, A (K, ...) and B (K, ...) of K adapters
+        "Several adapters at once, layer by layer."
+        K = len(adapters)
+        return [tuple(part.reshape(K, *shape) for part, shape in zip(adapters[:, l, :size].split([math.prod(a), math.prod(b)], dim=1), (a, b)))
+                for l, ((a, b), size) in enumerate(zip(self.shapes, self.sizes))]
 
     def a_mask(self) -> torch.Tensor:  # (L, D) of bool
         "True where a number belongs to an A."
