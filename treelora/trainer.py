@@ -8,15 +8,18 @@ __all__ = ['Batches', 'will_step', 'task_state', 'restore_task', 'save_task', 'T
 # %% ../nbs/continual/19_trainer.ipynb #c64ae239
 import hashlib, json
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.amp.grad_scaler import OptState
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from .algorithm import FORMAT, FeatureStats, TreeLoRA, _read_files, _replace
+from .algorithm import FORMAT, TreeLoRA, _read_files, _replace
 from .signature import Rows
 
 # %% ../nbs/continual/19_trainer.ipynb #147aa0cc
@@ -96,7 +99,7 @@ def task_state(
 ) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "The running task between two steps, complete. Raises ValueError outside a task."
     now = tl._open()
-    plain = {"name": now.name, "round": now.round, "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
+    plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch, "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
              "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)]}
     found = {"adapter": tl._read(), "total": now.signature.total.matrix, "arms": now.arms, "branch": now.branch, "scale": now.scale,
              "scatter": now.stats.scatter, "picks": _stack(now.picks), "means": _stack(list(now.stats.means.values())),
@@ -116,7 +119,7 @@ def restore_task(
     "Make the running task, and the adapter, what they were."
     now, device = tl._open(), tl.params[0].device
     signature, stats = now.signature, now.stats
-    now.round, signature.count, signature.recent = plain["round"], plain["count"], plain["recent"]
+    now.round, now.rounds, now.epoch, signature.count, signature.recent = (plain[k] for k in ("round", "rounds", "epoch", "count", "recent"))
     signature.total.matrix.copy_(tensors["total"])
     if "start" in tensors: signature.start = [x.to(device) for x in tl.layout.views(tensors["start"])]
     now.arms, now.scale, now.picks = tensors.get("arms"), tensors.get("scale"), list(tensors.get("picks", ()))
@@ -232,7 +235,10 @@ class TreeLoraCallback(TrainerCallback):
             self.tl._restore(*saved[0])
             self.tl._write(saved[1][1]["before"])
         self._open(context, state, model)
-        if saved: restore_task(self.tl, *saved[1])
+        try: restore_task(self.tl, *saved[1]) if saved else self._look(model, train_dataloader, args)
+        except BaseException:
+            self.abort()
+            raise
 
     def _check(self, args, state, model: nn.Module) -> None:
         "Raise ValueError when this training cannot work; a task that this very training has opened is given up."
@@ -258,6 +264,17 @@ class TreeLoraCallback(TrainerCallback):
         context.__enter__()
         self._context, self._state, self.tl.run = context, state, self
         if self._wants_batches: self._batches = Batches(model)
+
+    def _look(self, model: nn.Module, loader, args) -> None:
+        "Find the branch before the first step, on the first batches of the data: forward passes without dropout, no step is spent on it."
+        if self.tl.signal != "loss" or self.tl._now.search_rounds == 0: return
+        data, training = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn), model.training
+        model.eval()
+        try:
+            for batch in chain.from_iterable(repeat(data)):
+                batch = send_to_device(batch, args.device)
+                if not self.tl.look(lambda: model(**batch).loss): return
+        finally: model.train(training)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         "One round, unless a GradScaler is about to leave the optimiser step out."
