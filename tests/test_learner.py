@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from treelora import learner
 from treelora.experiments import run_set, tune, tuned_rate
 from treelora.learner import run
-from treelora.methods import Method, get_method, list_methods
+from treelora.methods import VisionMethod, get_method, list_methods
 from treelora.streams import TaskStream, get_stream
 
-NAMES = [m["name"] for m in list_methods()]
+NAMES = [m["name"] for m in list_methods() if "vision" in m["kinds"]]
 
 
 def tiny_stream(classes=4, per_task=2, size=8, n=12, seed=0):
@@ -70,10 +70,10 @@ def test_one_task_only():
 
 
 def test_a_method_of_ones_own():
-    class Constant(Method):
+    class Constant(VisionMethod):
         name = "constant"
 
-        def predict(self, images): return torch.full((len(images),), self.seen[0])
+        def predict(self, inputs): return torch.full((len(inputs),), self.seen[0])
 
     result = tiny_run(Constant)
     assert result.R[1].tolist() == [0.5, 0.0]
@@ -129,7 +129,7 @@ def test_labels_outside_the_task():
     method = get_method("treelora")(tiny_vit(), [(0, 1), (2, 3)])
     method.begin_task([0], "first", 2, 1)
     with pytest.raises(ValueError, match=r"Labels \[3\] are not among the task's classes \[0, 1\]"):
-        method.loss(torch.rand(2, 1, 8, 8), torch.tensor([0, 3]))
+        method.loss((torch.rand(2, 1, 8, 8), torch.tensor([0, 3])))
     method.abort_task()
 
 

@@ -457,6 +457,7 @@ class TreeLoRA(Routed, Saved):
         self.tree, self.bank, self.stats = TaskTree(split, depth, budget), Bank(self.layout), FeatureStats()
         self.initial = self._read()
         self._now: TaskInProgress | None = None
+        self.last: TaskInProgress | None = None  # the task that was learned last, with its search and picks
         self._make_buffers()
 
     @classmethod
@@ -575,6 +576,15 @@ class TreeLoRA(Routed, Saved):
         self._learn(now, *seen)
         self._hold(now, [])
         return now.round < now.search_rounds
+
+    @property
+    def found(self) -> dict | None:
+        "What the search for the branch of this task, or of the last one, has found: the branch, each earlier task's mean loss and rounds; None without one."
+        now = self._now or self.last
+        if now is None or now.search is None or now.search_rounds == 0 or now.arms is None: return None
+        earlier, seen = list(now.search.nodes.index), now.search.leaf_means()[0] * now.scale[0]
+        return {"task": now.name, "branch": earlier[int(now.arms[0])], "rounds": dict(zip(earlier, now.search.pulls()[0].tolist())),
+                "loss": {name: loss for name, loss in zip(earlier, seen.tolist()) if math.isfinite(loss)}}
 
     def _open(self) -> TaskInProgress:
         "The task in progress."

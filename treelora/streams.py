@@ -477,7 +477,7 @@ def register_stream(
 ) -> None:
     "Make a stream known by name (a second time, too, if a cell is rerun); `ValueError` if the name is taken or a scale unknown."
     if ":" in name: raise ValueError(f"A stream's name has no colon, but {name!r} has; what follows a colon is its argument.")
-    if name in _streams and _streams[name][1].__qualname__ != build.__qualname__:
+    if name in _streams and getattr(_streams[name][1], "__qualname__", None) != getattr(build, "__qualname__", build):
         raise ValueError(f"There is a stream named {name!r} already; choose another name.")
     if not scales or set(scales) - set(SCALES):
         raise ValueError(f"The scales of {name!r} must be some of {list(SCALES)}, not {list(scales)}.")

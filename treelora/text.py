@@ -191,10 +191,18 @@ def cldr_names(
     return names
 
 
+def _title(
+    language: str,  # a code
+) -> str:
+    "English name of a language, or its own name, or its code: the first that CLDR has."
+    locale = _locale(language)
+    return locale.get_display_name("en") or locale.get_display_name() or str(locale)
+
+
 def cldr_languages() -> dict[str, str]:  # code -> English name of the language
-    "All languages that CLDR has names in (not counting regional variants)."
+    "All languages that CLDR has data of (not counting regional variants); some have few names."
     from babel.localedata import locale_identifiers
-    return {code: _locale(code).get_display_name("en") for code in sorted(locale_identifiers()) if "_" not in code and code != "root"}
+    return {code: _title(code) for code in sorted(locale_identifiers()) if "_" not in code}
 
 # %% ../nbs/continual/16_text.ipynb #6fd9299e
 TEST_SHARE = 0.2  # of the concepts
@@ -221,7 +229,7 @@ def _cldr_task(
     seed: int,
 ) -> TextTask:
     "Translation from English into one language; `ValueError` if it has too few names."
-    names, title = cldr_names(language), _locale(language).get_display_name("en")
+    names, title = cldr_names(language), _title(language)
     found = [[c for c in concepts if c in names] for concepts in cldr_split(seed)]
     if len(found[0]) < n_train or len(found[1]) < n_test:
         raise ValueError(f"CLDR has {len(found[0])} names in {title} ({language}) to train with and {len(found[1])} to test with, but "
@@ -314,7 +322,7 @@ def _from_folder(
         raise FileNotFoundError(f"The stream {name!r} found no task in {places}: {layout}")
     skipped = {t: missing(folder, t) for t in tasks if missing(folder, t)}
     for task, lacks in skipped.items():
-        warnings.warn(f"The stream {name!r} leaves out the task {task!r}, because {' and '.join(lacks)} is missing in {folder / task}.", stacklevel=2)
+        warnings.warn(f"The stream {name!r} leaves out the task {task!r}, because there is no {' and no '.join(lacks)} in {folder / task}.", stacklevel=5)
     found = [read(folder, t) for t in tasks if t not in skipped]
     return TextStream(name, scale, seed, [_drawn(t, seed) for t in found] if scale == "quick" else found, tuple(skipped))
 
