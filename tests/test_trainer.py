@@ -1,4 +1,9 @@
 "The Trainer callback: the same run as a bare loop in every setting, resumed runs, interrupted runs, and mistakes."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -101,8 +106,8 @@ def test_same_as_the_bare_loop(form, tmp_path):
     assert not torch.equal(a.bank.adapters[0], a.bank.adapters[-1])
 
 
-@pytest.mark.parametrize("form", ["l1", "prox", "dot", "loss", "fresh"])
-@pytest.mark.parametrize("setting", ["accumulate", "clip", "no clip", "bf16", "checkpointing"])
+@pytest.mark.parametrize("setting, form", [(s, f) for s in ("accumulate", "clip", "bf16", "checkpointing") for f in ("l1", "fresh")]
+                         + [("no clip", "l1"), ("accumulate", "dot"), ("accumulate", "loss"), ("checkpointing", "prox")])
 def test_same_in_every_setting(form, setting, tmp_path):
     changes, loop = {"accumulate": (dict(gradient_accumulation_steps=2), dict(accumulate=2)), "clip": (dict(max_grad_norm=0.01), dict(clip=0.01)),
                      "no clip": (dict(max_grad_norm=0), dict(clip=None)), "bf16": (dict(bf16=True), dict(autocast=True)),
@@ -127,7 +132,7 @@ class Scaled(TrainerCallback):
         if optimizer.step_was_skipped: self.skipped.append(state.global_step)
 
 
-@pytest.mark.parametrize("form", ["l1", "prox", "fresh"])
+@pytest.mark.parametrize("form", ["l1", "prox"])
 @pytest.mark.parametrize("power, overflows", [(16, False), (68, True)])
 def test_grad_scaler(form, power, overflows, tmp_path):
     "Scales that are powers of two change nothing but the steps that overflow (here: in the gradient's norm); those are no rounds."
@@ -161,25 +166,22 @@ class Features(TrainerCallback):
         self.tl.record_features(torch.randn(4, 3, generator=torch.Generator().manual_seed(state.global_step)), [0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("where", ["same process", "new process", "bank loaded"])
+@pytest.mark.parametrize("where, form", [("new process", form) for form in FORMS] + [("same process", "prox"), ("bank loaded", "fresh")])
 def test_resumed_run_is_the_same(form, where, tmp_path):
-    "Cut off in step 6 of task 3, resumed from the checkpoint of step 4 (`held`: from within the search for the branch)."
-    save = dict(save_strategy="steps", save_steps=2, save_total_limit=2)
-    def run(tl, name, *more, resume=None):
-        folder = tmp_path / ("whole" if tl is whole else "cut") / name
-        made = trainer(tl, [TreeLoraCallback(tl, name), Features(tl), *more], folder, TASKS[name], **save)
+    "Cut off in the third task, after step 5, and resumed from the checkpoint of step 4 (`held`: from within the search for the branch)."
+    def run(tl, folder, *more, resume=None):
+        made = trainer(tl, [TreeLoraCallback(tl, "two"), Features(tl), *more], folder, TASKS["two"], save_strategy="steps", save_steps=2, save_total_limit=2)
         made.train(resume_from_checkpoint=resume)
         return tl
-    whole, cut = (TreeLoRA(tiny_model(dropout=0.2), **FORMS[form]) for _ in range(2))
-    for name in TASKS: run(whole, name)
-    for name in ("up", "down"): run(cut, name)
+    make = lambda: TreeLoRA(tiny_model(dropout=0.2), **FORMS[form])
+    cut = with_bare_loop(make(), ["up", "down"])
     cut.save(tmp_path / "bank")
-    with pytest.raises(CutOff): run(cut, "two", Cut(3 if form == "held" else 5))
-    if where == "new process": cut = TreeLoRA(tiny_model(dropout=0.2), **FORMS[form])
+    whole = run(TreeLoRA.load(tmp_path / "bank", tiny_model(dropout=0.2)), tmp_path / "whole")
+    last, step = (3, 2) if form == "held" else (5, 4)
+    with pytest.raises(CutOff): run(cut, tmp_path / "cut", Cut(last))
+    if where == "new process": cut = make()
     if where == "bank loaded": cut = TreeLoRA.load(tmp_path / "bank", tiny_model(dropout=0.2))
-    step = 2 if form == "held" else 4
-    assert_same(whole, run(cut, "two", resume=str(tmp_path / "cut" / "two" / f"checkpoint-{step}")))
+    assert_same(whole, run(cut, tmp_path / "cut", resume=str(tmp_path / "cut" / f"checkpoint-{step}")))
 
 
 def test_first_task_resumes_too(tmp_path):
@@ -351,6 +353,31 @@ def test_scheduler_and_weight_decay_are_the_trainers_own(tmp_path):
             trainer(tl, [TreeLoraCallback(tl, name)] if callback else None, tmp_path, TASKS[name], weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2).train()
         runs.append(tl._read())
     assert torch.equal(*runs)
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist
+from test_trainer import TASKS, TreeLoRA, tiny_model, with_trainer
+torch.set_num_threads(1)
+try: with_trainer(TreeLoRA(tiny_model(), signal="loss"), sys.argv[2], ["up"], ddp_backend="gloo")
+except ValueError as error: assert "look at the loss of one process" in str(error)
+else: raise AssertionError("nothing was refused")
+tl = with_trainer(TreeLoRA(tiny_model()), sys.argv[2], ["up", "down"], per_device_train_batch_size=4, ddp_backend="gloo")
+torch.save((tl.bank.adapters, tl.bank.signatures), f"{sys.argv[2]}/{dist.get_rank()}.pt")
+"""
+
+
+def test_two_processes(tmp_path):
+    "Both processes keep the same adapters, bit for bit; they are those of one process up to the rounding of the mean over processes."
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path)],
+                   check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    one = with_bare_loop(TreeLoRA(tiny_model()), ["up", "down"])
+    torch.testing.assert_close(first[0], one.bank.adapters, rtol=1e-4, atol=1e-5)
 
 
 def test_task_state_in_a_bare_loop():
