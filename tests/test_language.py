@@ -155,7 +155,7 @@ def test_branch_is_found_before_training(tiny_language):
 def test_look_needs_the_signal_loss(make_net):
     tl = learned(make_net(), signal="stored", init="branch")
     with pytest.raises(ValueError, match="signal is \"stored\""):
-        with tl.task("new"): tl.look(lambda: torch.tensor(1.0))
+        with tl.task("new"): tl.look(lambda i: torch.tensor(1.0))
 
 
 def test_a_list_of_epochs(tiny_language):

@@ -562,18 +562,21 @@ class TreeLoRA(Routed, Saved):
 
     def look(
         self,
-        loss: Callable[[], torch.Tensor],  # computes a batch's loss under the model as it is
+        loss: Callable[[int], torch.Tensor],  # i -> the i-th batch's loss under the model as it is
     ) -> bool:  # whether the search goes on
         """A round of the search for the branch by itself, before the first `step`: one forward pass, no backward (`init="branch"`, `signal="loss"`).
 
-        Raises ValueError outside a task, and for another signal: those need gradients."""
+        An arm that was looked at i times before is judged by batch i, so that all arms are compared on the same batches. Raises ValueError
+        outside a task, and for another signal: those need gradients."""
         now = self._open()
         if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
         if now.round >= now.search_rounds or now.search is None: return False
-        seen = self._observe(now, [], loss)
+        arms = now.search.choose(now.round + 1)
+        before = int(now.search.pulls()[0, arms[0]])
+        with self._under(arms.expand(self.layout.n_layers)): seen = self._loss_under(lambda: loss(before))
         now.round += 1
         if now.rounds is not None: now.rounds += 1  # these rounds come on top of the steps
-        self._learn(now, *seen)
+        self._learn(now, arms, seen)
         self._hold(now, [])
         return now.round < now.search_rounds
 

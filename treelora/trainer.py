@@ -268,12 +268,16 @@ class TreeLoraCallback(TrainerCallback):
     def _look(self, model: nn.Module, loader, args) -> None:
         "Find the branch before the first step, on the first batches of the data: forward passes without dropout, no step is spent on it."
         if self.tl.signal != "loss" or self.tl._now.search_rounds == 0: return
-        data, training = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn), model.training
+        data, training, kept = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn), model.training, []
+        source = chain.from_iterable(repeat(data))
+
+        def loss(i: int) -> torch.Tensor:
+            while len(kept) <= i: kept.append(send_to_device(next(source), args.device))
+            return model(**kept[i]).loss
+
         model.eval()
         try:
-            for batch in chain.from_iterable(repeat(data)):
-                batch = send_to_device(batch, args.device)
-                if not self.tl.look(lambda: model(**batch).loss): return
+            while self.tl.look(loss): pass
         finally: model.train(training)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

@@ -6,9 +6,9 @@
 __all__ = ['LanguageMethod', 'Memo', 'SeqLoRA', 'Alone', 'FIX', 'TreeLanguageMethod', 'TreeLoRAPaperText', 'TreeLoRAAuthorsText',
            'TreeLoRARoutedText', 'TreeLoRABranchText']
 
-# %% ../../nbs/methods/23_language.ipynb #ed42e8b9
-from collections.abc import Callable, Sequence
-from itertools import chain, repeat
+# %% ../../nbs/methods/23_language.ipynb #021c49ad
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, repeat
 
 import torch
 from peft import PeftModel
@@ -223,14 +223,15 @@ class TreeLoRABranchText(TreeLoRARoutedText):
 
     def look(self, batches):
         self.model.eval()
-        source = chain.from_iterable(repeat(batches))
-        while self.tl.look(lambda: self._judge(next(source))): pass
+        source, kept = chain.from_iterable(repeat(batches)), []
+        while self.tl.look(lambda i: self._judge(i, source, kept)): pass
         self.model.train()
         if len(self.tl.bank): self.branches.append(self.tl.found)
 
     @torch.no_grad()
-    def _judge(self, batch) -> torch.Tensor:
-        "A batch's loss under the model as it is."
-        return answer_loss(self.model, batch)
+    def _judge(self, i: int, source: Iterator, kept: list) -> torch.Tensor:
+        "The i-th batch's loss under the model as it is; batches are fetched when they are first wanted."
+        kept += islice(source, max(0, i + 1 - len(kept)))
+        return answer_loss(self.model, kept[i])
 
     def extra(self): return super().extra() | {"branches": self.branches}
