@@ -415,7 +415,7 @@ VARIANTS = {
     "paper": dict(signature="grad", split="l1", search="tree-lcb", signal="stored", penalty="l1", init="last"),
     "authors": dict(signature="weight", split="dot-diff", search="softmax", signal="stored", penalty="dot", init="last", ramp=True),
     "branch": dict(signature="grad", search="tree-lcb", signal="loss", penalty="prox", init="branch", inference="routed",
-                   search_options={"c": 0.05}),
+                   root="output", search_options={"c": 0.05}),
 }
 
 # %% ../nbs/core/05_algorithm.ipynb #b16a58cd
@@ -439,6 +439,7 @@ class TreeLoRA(Routed, Saved):
         ramp: bool = False,  # let the penalty grow as lambda t/T; then `task` needs `rounds`
         top_fraction: float | None = None,  # keep only the largest entries of the gradient (S in Eq. 3)
         search_options: dict | None = None,  # of the search, e.g. {"c": 0.05}
+        root: str = "input",  # which layer's rows split the tree's root: the one nearest the "input" (the paper) or the "output"
         search_rounds: int | None = None,  # with init="branch": rounds that look for it; None: two for each task, at most 64
         relative: bool = False,  # measure lambda in units of each layer's mean absolute gradient; for "l1" only
         adapter: str = "default",  # PEFT's name of the adapter
@@ -450,7 +451,7 @@ class TreeLoRA(Routed, Saved):
         self.model, self.lam, self.search, self.ramp, self.top_fraction, self.seed = model, lam, search, ramp, top_fraction, seed
         self.signal, self.penalty = _one_of("signal", signal, SIGNALS), _one_of("penalty", penalty, PENALTIES)
         self.init, self.inference = _one_of("init", init, INITS), _one_of("inference", inference, INFERENCES)
-        self.signature, self._signature = signature, get_signature(signature)
+        self.signature, self._signature, self.root = signature, get_signature(signature), _one_of("root", root, ("input", "output"))
         self.search_options, self.search_rounds, self.relative, self.adapter = search_options or {}, search_rounds, relative, adapter
         self.layout = Layout(lora_layers(model, adapter))
         self.params = self.layout.params
@@ -474,7 +475,7 @@ class TreeLoRA(Routed, Saved):
     def config(self) -> dict:
         "What this object was made with, less the model."
         names = ("lam", "signature", "search", "signal", "penalty", "init", "inference", "ramp", "top_fraction",
-                 "search_options", "search_rounds", "relative", "seed")
+                 "search_options", "search_rounds", "relative", "root", "seed")
         return {n: getattr(self, n) for n in names} | {n: getattr(self.tree, n) for n in ("split", "depth", "budget")}
 
     def _make_buffers(self) -> None:
@@ -670,7 +671,7 @@ class TreeLoRA(Routed, Saved):
         if grads: torch._foreach_zero_(grads)
         if now.round < now.search_rounds: return
         for seen, then in now.losses.flush(): self._tell(now, then, seen.double())
-        now.arms = now.search.best()
+        now.arms = now.search.branch()
         now.branch = self.bank.gather(self.bank.adapters, now.arms.expand(self.layout.n_layers), torch.empty_like(self._stored.matrix))
         self._write(now.branch)
         now.signature.begin(self.params)
@@ -716,7 +717,8 @@ class TreeLoRA(Routed, Saved):
         if now.round == 0: raise ValueError(f"Task {now.name!r} ended without a step; nothing was recorded.")
         for norms, t in now.norms.flush(): _finite(self.layout.names, norms, now.name, t)
         signature, adapter = now.signature.value().cpu(), self._read()
-        merges = self.tree.insert(now.name, [row[:size] for row, size in zip(signature, self.layout.sizes)])
+        rows = [row[:size] for row, size in zip(signature, self.layout.sizes)]
+        merges = self.tree.insert(now.name, rows if self.root == "input" else rows[::-1])
         self.bank.add(now.name, signature, adapter)
         for kept, gone in merges: self.bank.merge(kept, gone)
         self.last = now

@@ -37,14 +37,15 @@ def tune(
     results: str | Path = "results",
     progress: bool = True,
     rates: Sequence[float] = RATES,
+    path: str | Path | None = None,  # the file to write; None: where `tuned_rate` looks for this stream
     **settings,  # of `treelora.learner.run`, e.g. root
 ) -> dict[str, float]:  # method -> learning rate
     "Choose each method's learning rate on the tuning seed and write the file that `tuned_rate` reads."
     tried = {m: {str(lr): run(stream, m, scale, TUNING_SEED, lr=lr, progress=progress, **settings).op for lr in rates} for m in methods}
     best = {m: float(max(row, key=row.get)) for m, row in tried.items()}
-    path = Path(results) / stream / scale / "tuning.json"
+    path = Path(path or Path(results) / stream / scale / "tuning.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"seed": TUNING_SEED, "op": tried, "lr": best}, indent=1) + "\n")
+    path.write_text(json.dumps({"stream": stream, "seed": TUNING_SEED, "op": tried, "lr": best}, indent=1) + "\n")
     return best
 
 
