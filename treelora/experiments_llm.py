@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'FORMS', 'TUNED', 'WATCHED', 'TEXT_RATES', 'TUNING_STREAM', 'LAMBDAS', 'closest_pair', 'agreement',
            'family_kinship', 'tree_kinship', 'Watch', 'watched', 'tree_from_gram', 'family_agreement', 'fast_precision',
-           'tune_language', 'language_rate', 'run_language_set']
+           'tune_language', 'language_rate', 'run_language_set', 'in_family', 'language_bars', 'mean_agreement']
 
 # %% ../nbs/experiments/41_llm.ipynb #33fd7082
 from collections.abc import Callable, Hashable, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .experiments import tune, tuned_rate
+from .figures import load_results
 from .learner import run
 from .methods import get_method
 from .signature import SIGNATURES, get_signature
@@ -118,7 +119,7 @@ TUNED = ("seqlora", "treelora-authors", "treelora", "treelora-branch", "alone") 
 WATCHED = ("seqlora", "alone")  # whose signatures are kept
 TEXT_RATES = (0.0005, 0.001, 0.002)  # the same grid for all methods
 TUNING_STREAM = "cldr:es,de,pt"
-LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+LAMBDAS = (0.5, 1.0, 4.0, 8.0)  # beside the default
 
 
 def fast_precision() -> str:
@@ -174,3 +175,51 @@ def run_language_set(
         paths.append(_run_to(folder / "half" / f"treelora-branch-seed{seed}.json", method="treelora-branch", seed=seed, lr=language_rate(results, "treelora-branch"), epochs=1, **common))
     for lam in LAMBDAS: paths.append(_run_to(folder / "lambda" / f"treelora-lam{lam:g}-seed{seeds[0]}.json", method="treelora", seed=seeds[0], lr=language_rate(results, "treelora"), lam=lam, **common))
     return paths
+
+# %% ../nbs/experiments/41_llm.ipynb #b4f708f6
+def in_family(
+    branch: dict,  # one entry of a result's `branches`
+    earlier: Sequence[str],  # the languages learned before
+) -> bool | None:  # None where no relative had been learned
+    "Whether a task started from a language of its own family, if there was one."
+    relatives = [x for x in earlier if FAMILIES[x][0] == FAMILIES[branch["task"]][0]]
+    return branch["branch"] in relatives if relatives else None
+
+
+def _mean(runs: Sequence[dict], score: str) -> float:
+    "A score in hundredths, mean of the seeds."
+    return 100 * sum(r["scores"][score] for r in runs) / len(runs)
+
+
+def language_bars(
+    results: str | Path = "results",
+) -> list[dict]:  # what, goal, reached, holds
+    "The goals of this page beside what the saved results say. Raises FileNotFoundError without results."
+    found, half = load_results(results, "cldr"), load_results(results, "cldr", "quick/half")["treelora-branch"]
+    op, bwt = ({m: _mean(runs, score) for m, runs in found.items()} for score in ("op", "bwt"))
+    branches = [(b, r["tasks"][: r["tasks"].index(b["task"])]) for r in found["treelora-branch"] for b in r["extra"]["branches"]]
+    home = [inside for b, earlier in branches if (inside := in_family(b, earlier)) is not None]
+    looks = max(sum(b["rounds"].values()) for b, _ in branches)
+    agreed = {(m, *key): share for m in WATCHED for key, share in mean_agreement(found[m]).items()}
+    best = max(agreed, key=agreed.get)
+    rows = [
+        ("SeqLoRA forgets: BWT", "about 10", f"{bwt['seqlora']:.1f}", bwt["seqlora"] >= 7),
+        ("paper's form: BWT over SeqLoRA's", "at most 0.5", f"{bwt['treelora'] / bwt['seqlora']:.2f}", bwt["treelora"] <= 0.5 * bwt["seqlora"]),
+        ("paper's form: OP over SeqLoRA's", "at least 0", f"{op['treelora'] - op['seqlora']:+.1f}", op["treelora"] >= op["seqlora"]),
+        ("routed: OP over each task alone", "at least -1", f"{op['treelora-routed'] - op['alone']:+.1f}", op["treelora-routed"] >= op["alone"] - 1),
+        ("routed: BWT", "below 1", f"{bwt['treelora-routed']:.1f}", bwt["treelora-routed"] < 1),
+        ("branch: OP over each task alone", "above 0", f"{op['treelora-branch'] - op['alone']:+.1f}", op["treelora-branch"] > op["alone"]),
+        ("branch, half the epochs: OP over each task alone", "at least 0", f"{_mean(half, 'op') - op['alone']:+.1f}", _mean(half, "op") >= op["alone"]),
+        ("branch: forward passes to find it", "at most 10", str(looks), looks <= 10),
+        ("branch: chosen within the family", "always", f"{sum(home)} of {len(home)}", all(home)),
+        (f"tree: triples that agree ({', '.join(best)})", "at least 80 %", f"{agreed[best]:.0%}", agreed[best] >= 0.8),
+    ]
+    return [dict(zip(("what", "goal", "reached", "holds"), row)) for row in rows]
+
+
+def mean_agreement(
+    runs: Sequence[dict],  # saved, of a watched method
+) -> dict[tuple[str, str], float]:
+    "Agreement with the families by source and layers, mean of the seeds."
+    each = [family_agreement(r) for r in runs]
+    return {key: sum(scores[key] for scores in each) / len(each) for key in each[0]}

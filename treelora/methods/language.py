@@ -194,7 +194,7 @@ class TreeLanguageMethod(WithTree, LanguageMethod):
 class TreeLoRAPaperText(TreeLanguageMethod):
     "Algorithm 1 with the paper's settings for language models; the latest adapter answers."
     name, paper = "treelora", "Qian et al., ICML 2025"
-    settings = VARIANTS["paper"] | {"depth": 64, "lam": 0.5, "relative": True}
+    settings = VARIANTS["paper"] | {"depth": 64, "lam": 4.0, "relative": True}
 
 
 @register
