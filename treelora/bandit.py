@@ -88,7 +88,7 @@ class Search:
         seed: int = 0,
     ):
         if n_layers < 1: raise ValueError(f"n_layers={n_layers} must be at least 1.")
-        self.nodes, self.n_layers = SearchTree(tree), n_layers
+        self.tree, self.nodes, self.n_layers = tree, SearchTree(tree), n_layers
         self.n_arms, self.rng = self.nodes.n_arms, torch.Generator().manual_seed(seed)
         shape = n_layers, self.nodes.n_nodes + 1
         self.counts, self.means = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
