@@ -276,7 +276,7 @@ def play(
         if watch: watch(search, t)
         if t in marks: noted.append((t, regret.clone(), hits.clone()))
     rounds, regrets, shares = zip(*noted)
-    return Played(list(rounds), torch.stack(regrets), torch.stack(shares), search.pulls(), T * (len(env.gaps.T) if search.wants_all else 1), time.perf_counter() - start)
+    return Played(list(rounds), torch.stack(regrets), torch.stack(shares), search.pulls(), T * (env.gaps.shape[-1] if search.wants_all else 1), time.perf_counter() - start)
 
 # %% ../nbs/theory/30_smooth_tree.ipynb #th30033
 class Replay:
