@@ -8,7 +8,7 @@ __all__ = ['FLAT', 'PLAYERS', 'SHORT', 'TIMED', 'game', 'as_row', 'save', 'run_c
            'run_settings', 'run_short', 'Recorder', 'run_bank', 'bank_environment', 'run_speed', 'run_theory']
 
 # %% ../nbs/theory/31_regret.ipynb #th31003
-import json, math
+import json, math, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
