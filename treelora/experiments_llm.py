@@ -119,7 +119,7 @@ TUNED = ("seqlora", "treelora-authors", "treelora", "treelora-branch", "alone") 
 WATCHED = ("seqlora", "alone")  # whose signatures are kept
 TEXT_RATES = (0.0005, 0.001, 0.002)  # the same grid for all methods
 TUNING_STREAM = "cldr:es,de,pt"
-LAMBDAS = (0.5, 1.0, 4.0, 8.0)  # beside the default
+LAMBDAS = (0.5, 1.0, 2.0, 8.0)  # beside the default
 
 
 def fast_precision() -> str:
@@ -135,17 +135,19 @@ def tune_language(
     methods: Sequence[str] = TUNED,
     progress: bool = True,
 ) -> dict[str, float]:  # method -> learning rate
-    "Choose each method's learning rate on a shorter stream and a seed of its own, and write the file that `tuned_rate` reads."
-    path = Path(results) / "cldr" / "quick" / "tuning.json"
-    return tune(TUNING_STREAM, "quick", methods, results, progress, TEXT_RATES, path, precision=fast_precision())
+    "Choose each method's learning rate on a shorter stream and a seed of its own, and write the files that `language_rate` reads."
+    folder, settings = Path(results) / "cldr" / "quick", dict(progress=progress, rates=TEXT_RATES, precision=fast_precision())
+    tune(TUNING_STREAM, "quick", ("treelora-branch",), results, path=folder / "half" / "tuning.json", epochs=1, **settings)
+    return tune(TUNING_STREAM, "quick", methods, results, path=folder / "tuning.json", **settings)
 
 
 def language_rate(
     results: str | Path,
     method: str,
+    half: bool = False,  # for half the epochs
 ) -> float | None:  # None where nothing was tuned
     "The learning rate that `tune_language` chose."
-    return tuned_rate(results, "cldr", "quick", "treelora" if method == "treelora-routed" else method)
+    return tuned_rate(results, "cldr", "quick/half" if half else "quick", "treelora" if method == "treelora-routed" else method)
 
 # %% ../nbs/experiments/41_llm.ipynb #3767f336
 def _run_to(
@@ -172,7 +174,7 @@ def run_language_set(
     folder, common, paths = Path(results) / "cldr" / "quick", dict(missing_only=missing_only, progress=progress), []
     for seed in seeds:  # outermost: what else the machine does then disturbs all methods alike
         for m in methods: paths.append(_run_to(folder / f"{m}-seed{seed}.json", method=m, seed=seed, lr=language_rate(results, m), **common))
-        paths.append(_run_to(folder / "half" / f"treelora-branch-seed{seed}.json", method="treelora-branch", seed=seed, lr=language_rate(results, "treelora-branch"), epochs=1, **common))
+        paths.append(_run_to(folder / "half" / f"treelora-branch-seed{seed}.json", method="treelora-branch", seed=seed, lr=language_rate(results, "treelora-branch", half=True), epochs=1, **common))
     for lam in LAMBDAS: paths.append(_run_to(folder / "lambda" / f"treelora-lam{lam:g}-seed{seeds[0]}.json", method="treelora", seed=seeds[0], lr=language_rate(results, "treelora"), lam=lam, **common))
     return paths
 
