@@ -7,8 +7,8 @@ __all__ = ['SMOLLM2', 'SMOLLM2_REVISION', 'SMOLLM2_FILE', 'IGNORED', 'cache_fold
            'load_smollm2', 'load_language_model', 'ready_tokenizer', 'add_adapters', 'Collator', 'answer_loss',
            'answer_nll', 'generate', 'prompt_features']
 
-# %% ../nbs/continual/18_language.ipynb #f38e086c
-import hashlib, os, shutil, tempfile
+# %% ../nbs/continual/18_language.ipynb #ea466b0c
+import hashlib, os, tempfile, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -77,7 +77,9 @@ def convert_gguf(
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
         with _no_bars():
             for piece in (plain, tokenizer): piece.save_pretrained(Path(part) / "model")
-        if not folder.exists(): shutil.move(Path(part) / "model", folder)
+        try: (Path(part) / "model").rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir(): raise
     return folder
 
 # %% ../nbs/continual/18_language.ipynb #4620ac83
@@ -181,6 +183,9 @@ class Collator:
         ids = self.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
         if not example.answer.strip() or not ids:
             raise ValueError(f"The answer to {example.prompt[:60]!r} is empty, so there is nothing to learn; leave the example out.")
+        if len(ids) >= self.max_answer:
+            warnings.warn(f"Answers of more than {self.max_answer - 1} tokens lose their end, such as the one to {example.prompt[:60]!r} with {len(ids)}; "
+                          "raise max_answer, or shorten them.", stacklevel=3)
         return ids[:self.max_answer - 1] + [self.tokenizer.eos_token_id]
 
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
