@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'FIRST', 'CEILINGS', 'FIGURES', 'STREAMS', 'load_results', 'over_seeds', 'score_name', 'look', 'style',
-           'SelfShowing', 'draw_groups', 'figure', 'caption', 'save_figure', 'save_all']
+           'new_figure', 'draw_groups', 'figure', 'caption', 'save_figure', 'save_all']
 
 # %% ../nbs/figures/50_figures.ipynb #1718892a
 import io, json
@@ -94,12 +94,19 @@ def style() -> Iterator[None]:
         yield
 
 
-class SelfShowing(Figure):
+class _SelfShowing(Figure):
     "A figure that a notebook shows by itself: nothing here needs pyplot, and its list of open figures stays empty."
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
         with style(): self.savefig(file, format="png", dpi=110)
         return file.getvalue()
+
+
+def new_figure(
+    figsize: tuple[float, float],  # inches
+) -> Figure:
+    "An empty figure that a notebook shows by itself."
+    return _SelfShowing(figsize=figsize)
 
 
 def _band(ax: Axes, x: np.ndarray, runs: Sequence, method: str) -> None:
@@ -111,7 +118,7 @@ def _band(ax: Axes, x: np.ndarray, runs: Sequence, method: str) -> None:
 # %% ../nbs/figures/50_figures.ipynb #97088b02
 def _figure_1(found: dict) -> Figure:
     "Learning curves of the last task."
-    fig = SelfShowing(figsize=(3.4, 2.5))
+    fig = new_figure(figsize=(3.4, 2.5))
     ax = fig.subplots()
     for method in ("seqlora", "treelora", "treelora-branch"):
         runs = [r["curves"][-1] for r in found.get(method, []) if r["curves"]]
@@ -124,7 +131,7 @@ def _figure_1(found: dict) -> Figure:
 # %% ../nbs/figures/50_figures.ipynb #9ee0f57b
 def _figure_4(found: dict) -> Figure:
     "Accuracy over tasks, training time, accuracy against speed."
-    fig = SelfShowing(figsize=(6.9, 2.5))
+    fig = new_figure(figsize=(6.9, 2.5))
     axes = fig.subplots(1, 3, width_ratios=(1.25, 1, 1))
     shown = [m for m in FIRST if m in found]
     _accuracy_over_tasks(axes[0], found, shown)
@@ -204,7 +211,7 @@ def _short(name: str) -> str:
 def _figure_5(found: dict) -> Figure:
     "The tree after the last task, first seed."
     trees = _trees(found)
-    fig = SelfShowing(figsize=(3.4, 2.2))
+    fig = new_figure(figsize=(3.4, 2.2))
     draw_groups(fig.subplots(), trees[-1]["groups"], _short)
     return fig
 
@@ -213,7 +220,7 @@ def _figure_8(found: dict) -> Figure:
     "The tree after each task, first seed."
     trees = _trees(found)
     n = min(len(trees), 5)
-    fig = SelfShowing(figsize=(6.9, 1.9 * -(-len(trees) // n)))
+    fig = new_figure(figsize=(6.9, 1.9 * -(-len(trees) // n)))
     axes = np.atleast_1d(fig.subplots(-(-len(trees) // n), n)).flatten()
     for ax in axes: ax.set_axis_off()
     for ax, tree in zip(axes, trees):

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .experiments_llm import LAYERS, mean_agreement, tree_from_gram
-from .figures import SelfShowing, draw_groups, load_results, look, over_seeds, save_figure, style
+from .figures import draw_groups, load_results, look, new_figure, over_seeds, save_figure, style
 from .text import FAMILIES
 
 # %% ../nbs/figures/52_language_figures.ipynb #f4309332
@@ -32,7 +32,7 @@ def matrices(
     R = {m: 100 * np.mean([np.array(r["R"], dtype=float) for r in runs], axis=0) for m, runs in found.items()}
     top, tasks = max(np.nanmax(x) for x in R.values()), next(iter(found.values()))[0]["tasks"]
     with style():
-        fig = SelfShowing(figsize=(1.85 * len(R) + 0.3, 2.1))
+        fig = new_figure(figsize=(1.85 * len(R) + 0.3, 2.1))
         for ax, (m, x) in zip(np.atleast_1d(fig.subplots(1, len(R), sharey=True)), R.items()):
             _matrix(ax, x, tasks, top)
             ax.set_title(look(m)["label"], fontsize=8)
@@ -61,7 +61,7 @@ def pareto(
     strengths = sorted({r["config"]["method_config"]["lam"] for r in swept})
     points = [_scores([r for r in swept if r["config"]["method_config"]["lam"] == lam]) for lam in strengths]
     with style():
-        fig = SelfShowing(figsize=(4.2, 3.0))
+        fig = new_figure(figsize=(4.2, 3.0))
         ax = fig.subplots()
         ax.plot(*zip(*points), color=look("treelora")["color"], lw=1, alpha=0.6)
         for lam, (x, y) in zip(strengths, points): ax.annotate(f"{lam:g}", (x, y), xytext=(4, -8), textcoords="offset points", fontsize=6.5, color=look("treelora")["color"])
@@ -92,7 +92,7 @@ def families(
     tree = tree_from_gram(LAYERS[where](_gram(result, source)), result["tasks"])
     learned = [[sorted(g) for g in tree.groups(d)] for d in range(tree.limit + 1)]
     with style():
-        fig = SelfShowing(figsize=(6.4, 2.3))
+        fig = new_figure(figsize=(6.4, 2.3))
         left, right = fig.subplots(1, 2)
         draw_groups(left, family_groups(result["tasks"]), str)
         draw_groups(right, learned, str)
