@@ -415,7 +415,7 @@ VARIANTS = {
     "paper": dict(signature="grad", split="l1", search="tree-lcb", signal="stored", penalty="l1", init="last"),
     "authors": dict(signature="weight", split="dot-diff", search="softmax", signal="stored", penalty="dot", init="last", ramp=True),
     "branch": dict(signature="grad", search="tree-lcb", signal="loss", penalty="prox", init="branch", inference="routed",
-                   root="output", search_options={"c": 0.05}),
+                   search_options={"c": 0.05}),
 }
 
 # %% ../nbs/core/05_algorithm.ipynb #b16a58cd
@@ -671,7 +671,7 @@ class TreeLoRA(Routed, Saved):
         if grads: torch._foreach_zero_(grads)
         if now.round < now.search_rounds: return
         for seen, then in now.losses.flush(): self._tell(now, then, seen.double())
-        now.arms = now.search.branch()
+        now.arms = now.search.best()
         now.branch = self.bank.gather(self.bank.adapters, now.arms.expand(self.layout.n_layers), torch.empty_like(self._stored.matrix))
         self._write(now.branch)
         now.signature.begin(self.params)

@@ -133,18 +133,6 @@ class Search:
         "The arm with the smallest mean loss so far."
         return self.leaf_means().argmin(1)
 
-    def branch(self) -> torch.Tensor:  # (L,)
-        "The arm at the end of a descent by whole branches, each worth the mean of its leaves: what the nearest family says, not the best single task."
-        means, N = self.leaf_means(), self.n_arms
-        seen = means.isfinite().double()
-        below = torch.zeros(self.nodes.n_nodes + 1, N, dtype=torch.float64).scatter_(0, self.nodes.paths.T, 1.0)
-        worth = (means.nan_to_num(posinf=0.0) * seen) @ below.T / (seen @ below.T)  # nan where nothing was seen
-        worth, at = worth.nan_to_num(nan=math.inf), torch.zeros(self.n_layers, dtype=torch.long)
-        for _ in range(self.nodes.paths.shape[1] - 1):
-            left, right = self.nodes.left[at], self.nodes.right[at]
-            at = torch.where(worth.gather(1, left[:, None]) <= worth.gather(1, right[:, None]), left[:, None], right[:, None])[:, 0]
-        return self.nodes.arm[at]
-
     def pulls(self) -> torch.Tensor:  # (L, N)
         "How often each arm was observed."
         return self.counts[:, self.nodes.leaves].long()

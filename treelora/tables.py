@@ -92,8 +92,18 @@ def table(
     others = [m for m in ours if m not in {NAMES.get(x) for x in methods}]
     body = [[x, *(values.get((s, x, m), NOTHING) for s, m in columns), *_our_cells(ours.get(NAMES.get(x), []))] for x in methods]
     body += [[m, *[NOTHING] * len(columns), *_our_cells(ours[m])] for m in others]
-    head = ["method", *(f"{s}, {_metric(m)}" for s, m in columns), *(f"ours ({stream}), {name}" for name, _ in OURS)]
+    head = ["method", *(f"{s}, {_metric(m)}" for s, m in columns), *(f"ours ({stream}), {name}" for name in _our_names(ours))]
     return Table(f"Table {n}: {TITLES[n]}. The paper's columns, then ours ({stream}, scale {scale}).", head, body)
+
+
+def _of_text(ours: dict[str, list[dict]]) -> bool:
+    "Whether results are those of a stream of texts."
+    return any(r["config"].get("kind") == "language" for runs in ours.values() for r in runs)
+
+
+def _our_names(ours: dict[str, list[dict]]) -> list[str]:
+    "Heads of our columns: a stream of texts may have other scores than accuracy."
+    return ["OP" if name == "ACC %" and _of_text(ours) else name for name, _ in OURS]
 
 
 def _our_cells(runs: Sequence[dict]) -> list[str]:
@@ -126,8 +136,6 @@ def parts_table(
 ) -> Table:
     "Score, forgetting and time as the parts of the method come in, one by one."
     ours = _results(results, stream, scale)
-    of_text = any(r["config"].get("kind") == "language" for runs in ours.values() for r in runs)
-    rows = [[m, what, *_our_cells(ours[m])] for m, what in (TEXT_PARTS if of_text else PARTS).items() if m in ours]
+    rows = [[m, what, *_our_cells(ours[m])] for m, what in (TEXT_PARTS if _of_text(ours) else PARTS).items() if m in ours]
     n = max((len(r) for r in ours.values()), default=0)
-    names = ["OP" if of_text and name == "ACC %" else name for name, _ in OURS]
-    return Table(f"Parts of the method on {stream} (scale {scale}, {n} seeds)", ["method", "what it has", *names], rows)
+    return Table(f"Parts of the method on {stream} (scale {scale}, {n} seeds)", ["method", "what it has", *_our_names(ours)], rows)

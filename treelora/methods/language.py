@@ -215,7 +215,7 @@ class TreeLoRARoutedText(TreeLoRAPaperText):
 class TreeLoRABranchText(TreeLoRARoutedText):
     "This project's form: start from the branch, stay near it by prox, route by un-adapted features (DESIGN 2.7)."
     name, paper = "treelora-branch", "this project"
-    settings = VARIANTS["branch"] | {"depth": 64, "lam": 0.05}
+    settings = VARIANTS["branch"] | {"depth": 64, "lam": 0.05, "root": "output", "search_options": {"c": 1.0}}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
