@@ -95,9 +95,11 @@ def _run(args) -> None:
 def _figures(args) -> None:
     from treelora.figures import save_all
     _experiments(args)
-    paths = save_all(args.results, args.out, args.stream, args.scale)
-    _print_table(1, args.results)
-    if args.stream == "split-digits" and (args.results / "cldr" / "quick").exists(): paths += _language_figures(args)
+    paths = []
+    if args.stream != "cldr":
+        paths += save_all(args.results, args.out, args.stream, args.scale)
+        _print_table(1, args.results)
+    if args.stream == "cldr" or args.stream == "split-digits" and (args.results / "cldr" / "quick").exists(): paths += _language_figures(args)
     print(f"\n{len(paths)} files in {args.out}/: {', '.join(sorted({p.stem for p in paths}))} (.svg and .png); results in {args.results}/")
 
 
