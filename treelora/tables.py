@@ -50,7 +50,7 @@ def _cell(mean, std=None, digits: int = 2) -> str:
     "A number with its spread; orders of growth as they are."
     if mean is None: return NOTHING
     if isinstance(mean, str): return mean
-    text = f"{mean:.{digits}f}" if abs(mean) < 1e6 else f"{mean:.1e}"
+    text = f"{round(mean, digits) + 0.0:.{digits}f}" if abs(mean) < 1e6 else f"{mean:.1e}"  # + 0.0: no minus before a zero
     return text if not isinstance(std, (int, float)) else f"{text} ± {std:.{digits}f}"
 
 
