@@ -263,7 +263,7 @@ def caption(
     found = load_results(results, stream, scale)
     runs = [r for rows in found.values() for r in rows]
     what = {1: "Test accuracy on the last task against the samples of it seen so far, among its own classes.",
-            4: f"(a) Mean {score_name(found)} over the tasks seen so far; (b) training time; (c) final score against speed.",
+            4: f"(a) Mean {score_name(found).removesuffix(', %')} over the tasks seen so far; (b) training time; (c) final score against speed.",
             5: "The tree of tasks after the last one.", 8: "The tree of tasks after each task."}[n]
     seeds = sorted({r["config"]["seed"] for r in runs})
     return (f"{what} Stream {stream}, backbone {runs[0]['config']['model']}, {runs[0]['config']['epochs']} epochs a task, seeds {', '.join(map(str, seeds))}"
