@@ -164,3 +164,18 @@ def test_curve_marks_are_within_the_task():
         assert min(marks) == 1 and max(marks) == total
     assert learner._marks(10, 0) == set()
     assert not math.isnan(tiny_run("seqlora", curves=2).curves[0]["accuracy"][0])
+
+
+def test_steps_that_overflow_are_no_rounds():
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    Accelerator()
+    p, seen, scaler = torch.nn.Parameter(torch.ones(2)), [], torch.amp.GradScaler("cpu", init_scale=2.0 ** 127)
+    optimizer = AcceleratedOptimizer(torch.optim.Adam([p]), scaler=scaler)
+    own = learner.Learner.__new__(learner.Learner)
+    own.accelerator = SimpleNamespace(scaler=scaler, backward=lambda loss: scaler.scale(loss).backward())
+    own.method = SimpleNamespace(loss=lambda batch: (3.0 * p).sum(), after_backward=lambda batch, loss: seen.append(p.grad.clone()), after_step=lambda: None)
+    for _ in range(6): own._step(None, optimizer)
+    assert 0 < len(seen) < 6 and all(torch.equal(g, torch.full((2,), 3.0)) for g in seen)

@@ -230,12 +230,17 @@ class Learner:
         "One batch: loss, backward, the method's part, optimiser."
         loss = self.method.loss(batch)
         self.accelerator.backward(loss)
-        self.accelerator.unscale_gradients(optimizer)  # does nothing but under fp16
-        self.method.after_backward(batch, loss)
+        if self._will_step(optimizer): self.method.after_backward(batch, loss)
         optimizer.step()
         optimizer.zero_grad()
         self.method.after_step()
         return loss.detach()
+
+    def _will_step(self, optimizer) -> bool:
+        "Whether the optimiser will step: under fp16 a step whose gradients overflow is left out, and so is the method's part."
+        if self.accelerator.scaler is None: return True
+        from treelora.trainer import will_step  # here: only fp16 runs need it
+        return will_step(optimizer)
 
     @torch.no_grad()
     def _mark(self, curve: dict, task, seen: int) -> None:
