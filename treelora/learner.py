@@ -381,4 +381,4 @@ def _result(learner: Learner, config: dict) -> Result:
     return Result(config | counts | metrics_used | {"method_config": method.options}, [t.name for t in stream], [list(getattr(t, "classes", ())) for t in stream],
                   [len(t.train) for t in stream], [len(t.test) for t in stream], learner.R, phases, learner.samples / max(phases["train"], 1e-9),
                   learner.curves, method.trees(), method.extra(),
-                  {"peak_bytes": _peak_bytes(learner.device), "stored_bytes": method.stored_bytes}, where(learner.device))
+                  {"peak_bytes": _peak_bytes(learner.device), "stored_bytes": method.stored_bytes, "stored": method.stored()}, where(learner.device))

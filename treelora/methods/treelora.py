@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..algorithm import VARIANTS, TreeLoRA
-from .base import AdapterMethod, register
+from .base import AdapterMethod, register, tensor_bytes
 from ..models import features
 
 # %% ../../nbs/methods/22_treelora.ipynb #01071b73
@@ -47,8 +47,7 @@ class WithTree:
         try: self.open.__exit__(InterruptedError, InterruptedError("the task was interrupted"), None)
         except InterruptedError: pass
 
-    @property
-    def stored_bytes(self): return super().stored_bytes + self.tl.bank.stored_bytes
+    def stored(self): return super().stored() | {"adapters": tensor_bytes([self.tl.bank.adapters]), "signatures": tensor_bytes([self.tl.bank.signatures])}
 
     def trees(self): return self.grown
 
