@@ -11,7 +11,7 @@ import torch
 from ..language import IGNORED
 from .base import AdapterMethod, register, tensor_bytes
 from .language import LanguageAdapterMethod
-from .replay import GroupGradients, ImageGradients, TextGradients, flat, negative_log_likelihood, write_
+from .replay import GroupGradients, ImageGradients, TextGradients, at_least, flat, negative_log_likelihood, write_
 
 # %% ../../nbs/methods/25_regularisation.ipynb #fff98d85
 def draw_answers(
@@ -77,9 +77,9 @@ class WithSprings:
         samples: int = 100,  # examples of a task for its Fisher information
         **kwargs,  # of the method that is extended
     ):
+        at_least("samples", samples, 1, "EWC measures the Fisher information on examples.")
+        at_least("strength", strength, 0, "a spring pulls back.")
         super().__init__(*args, **kwargs)
-        if samples < 1: raise ValueError(f"samples={samples} must be at least 1: EWC measures the Fisher information on examples.")
-        if not strength >= 0: raise ValueError(f"strength={strength} must be at least 0: a spring pulls back.")
         self.strength, self.samples, self.springs = strength, samples, Springs()
         self.options |= {"strength": strength, "samples": samples}
 
@@ -100,7 +100,7 @@ class WithSprings:
 @register
 class EWC(WithSprings, ImageGradients, AdapterMethod):
     "Each weight is held at its old values by springs as stiff as its Fisher information."
-    name, paper, year, stores = "ewc", "Kirkpatrick et al., PNAS 2017", 2017, "Fisher information, weights"
+    name, paper, year, stores, wtp = "ewc", "Kirkpatrick et al., PNAS 2017", 2017, "Fisher information, weights", True
 
 
 @register

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Score', 'flat', 'write_', 'negative_log_likelihood', 'true_logits', 'GroupGradients', 'ImageGradients',
-           'TextGradients', 'nonnegative_qp', 'gem_project', 'WithMemory', 'GEM', 'GEMText', 'Directions',
+           'TextGradients', 'nonnegative_qp', 'gem_project', 'at_least', 'WithMemory', 'GEM', 'GEMText', 'Directions',
            'WithDirections', 'OGD', 'OGDText']
 
 # %% ../../nbs/methods/24_replay.ipynb #de65bb8d
@@ -101,7 +101,7 @@ class ImageGradients(GroupGradients):
     @property
     def trained(self): return [*self.layout.params, self.model.head.weight, self.model.head.bias]
 
-    def split(self, batch): return list(zip(*batch))
+    def split(self, batch): return [(image.clone(), label.clone()) for image, label in zip(*batch)]  # a view would keep its whole batch alive
 
     def pack(self, examples): return tuple(torch.stack(x) for x in zip(*examples))
 
@@ -147,12 +147,12 @@ def nonnegative_qp(
     M, q = M.double(), q.double()
     if not (M.isfinite().all() and q.isfinite().all()):
         raise ValueError("The quadratic programme has no solution: a gradient is not finite; lower the learning rate, or look at the batch.")
+    unit = torch.where(M.diagonal() > 0, M.diagonal(), 1.0).sqrt()  # small and large gradients count alike
+    M, q = M / unit / unit[:, None], q / unit
     v, free = torch.zeros_like(q), torch.zeros_like(q, dtype=torch.bool)
-    unit = M.diagonal().sqrt().clamp(min=1e-150)  # so that a tolerance means the same for small and large gradients
-    tolerance = 1e-9 * max((q / unit).abs().max().item(), 1e-150)
     for _ in range(10 * len(q) + 1):
-        descent = (-(M @ v + q) / unit).masked_fill(free, float("-inf"))
-        if descent.max() <= tolerance: return v
+        descent = -(M @ v + q).masked_fill(free, float("inf"))
+        if descent.max() <= 1e-9 * q.abs().max(): return v / unit
         free[descent.argmax()] = True
         v = _solve_free(M, q, v, free)
     raise ValueError("The quadratic programme has no solution: its matrix has a negative eigenvalue, or the objective falls without end.")
@@ -186,7 +186,7 @@ def gem_project(
     return g + (v.to(wide) @ wide).to(g)
 
 # %% ../../nbs/methods/24_replay.ipynb #d3b92586
-def _at_least(what: str, value: float, least: float, why: str) -> None:
+def at_least(what: str, value: float, least: float, why: str) -> None:
     "Raise ValueError for a setting that is too small."
     if not value >= least: raise ValueError(f"{what}={value} must be at least {least}: {why}")
 
@@ -203,11 +203,11 @@ class WithMemory:
         sample: int | None = None,  # None: the class's
         **kwargs,  # of the method that is extended
     ):
-        super().__init__(*args, **kwargs)
         self.sample = self.sample if sample is None else sample
-        _at_least("memory", memory, 1, "GEM constrains each step by stored examples.")
-        _at_least("sample", self.sample, 1, "GEM needs an example of each earlier task in a step.")
-        _at_least("strength", strength, 0, "the dual's unknowns cannot be negative.")
+        at_least("memory", memory, 1, "GEM constrains each step by stored examples.")
+        at_least("sample", self.sample, 1, "GEM needs an example of each earlier task in a step.")
+        at_least("strength", strength, 0, "the dual's unknowns cannot be negative.")
+        super().__init__(*args, **kwargs)
         self.memory, self.strength, self.memories, self.rng = memory, strength, [], torch.Generator().manual_seed(self.seed)
         self.options |= {"memory": memory, "strength": strength, "sample": self.sample}
 
@@ -261,7 +261,7 @@ class Directions:
         size = G.norm(dim=1)
         rest = self.project(self.project(G))  # twice: once leaves rounding errors of the first
         Q, R = torch.linalg.qr(rest.T)
-        new = Q.T[R.diagonal().abs() > least * size.max()]
+        new = Q.T[R.diagonal().abs() > least * size[:len(R)]]
         self.Q = new if self.Q is None else torch.cat([self.Q, new])
 
     def project(
@@ -283,9 +283,9 @@ class WithDirections:
         directions: int | None = None,  # at most so many a task; None: the class's
         **kwargs,  # of the method that is extended
     ):
-        super().__init__(*args, **kwargs)
         self.directions = self.directions if directions is None else directions
-        _at_least("directions", self.directions, 1, "OGD keeps gradients of each task.")
+        at_least("directions", self.directions, 1, "OGD keeps gradients of each task.")
+        super().__init__(*args, **kwargs)
         self.kept, self.before = Directions(), None
         self.options |= {"directions": self.directions}
 
@@ -315,7 +315,7 @@ class WithDirections:
 @register
 class OGD(WithDirections, ImageGradients, AdapterMethod):
     "Steps are orthogonal to the gradients of earlier tasks' right logits."
-    name, paper, year, stores = "ogd", "Farajtabar et al., AISTATS 2020", 2020, "gradient directions"
+    name, paper, year, stores, wtp = "ogd", "Farajtabar et al., AISTATS 2020", 2020, "gradient directions", True
 
 
 @register
