@@ -543,7 +543,7 @@ class L2PText(FromPool, TextPrompts):
         length: int = 5,  # App. A.3
         top: int = 3,  # prompts a text
         pull: float = 0.5,  # weight of the keys' loss: lambda of L2P, Eq. 5
-        gain: float = 10.0,  # of the prompts over their parameters
+        gain: float = 100.0,  # of the prompts over their parameters
         max_prompt: int = 1024,
         max_answer: int = 512,
     ):
@@ -611,7 +611,7 @@ class DualPromptText(FromExperts, TextPrompts):
         expert: Sequence[int] | None = None,  # layers, counted from 0; None: as `shares` says
         lengths: tuple[int, int] = (5, 20),  # of general and expert prompts, App. A.3
         pull: float = 1.0,  # weight of the keys' loss
-        gain: float = 10.0,  # of the prompts over their parameters
+        gain: float = 100.0,  # of the prompts over their parameters
         max_prompt: int = 1024,
         max_answer: int = 512,
     ):
