@@ -53,9 +53,9 @@ def test_fisher_of_texts(tiny_language):
 
 def test_chunks_only_change_the_draws():
     method = image_method()
-    examples = method.split((torch.rand(8, 1, 8, 8), torch.tensor([2, 3] * 4)))
-    means = [torch.stack([fisher(method, examples, s, chunk) for s in range(60)]).mean(0) for chunk in (3, 8)]
-    assert means[0].sum().item() == pytest.approx(means[1].sum().item(), rel=0.3)
+    examples = method.split((torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 3] * 4)))
+    means = [torch.stack([fisher(method, examples, s, chunk) for s in range(12)]).mean(0) for chunk in (5, 8)]
+    assert means[0].sum().item() == pytest.approx(means[1].sum().item(), rel=0.4)
 
 
 def test_drawn_answers_follow_the_model():
