@@ -162,8 +162,8 @@ def test_olora_starts_each_task_from_other_rows():
 
     class Watched(OLoRA):
         name = "watched"
-        def begin_task(self, *args):
-            super().begin_task(*args)
+        def begin_task(self, tasks, name, **settings):
+            super().begin_task(tasks, name, **settings)
             seen.append((self.layout.params[0].clone(), self.layout.params[1].clone()))
 
     tiny_run(Watched)

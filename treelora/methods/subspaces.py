@@ -158,7 +158,7 @@ class InputSpace:
         energy, directions = self.strongest(moment)
         total = moment.double().square().sum()
         held = 1 - (energy.sum() - torch.cat([energy.new_zeros(1), energy.cumsum(0)])) / total
-        self._leave(directions[:, int((held[:-1] < share - 1e-9).sum()):])
+        self._leave(directions[:, int((held[:-1] < share - 1e-12).sum()):])
 
     def _leave(self, free: torch.Tensor) -> None:
         "Store what is left, or its complement if that is smaller."
