@@ -55,7 +55,7 @@ class Frozen:
         return output + (module.spread(delta) if self.ours else delta.squeeze(-2)).to(output.dtype)
 
     def overlap(self, A: torch.Tensor) -> torch.Tensor:
-        "Sum over earlier tasks of |A_i A_t^T|, entry by entry (Eq. 8 of O-LoRA)."
+        "Sum over earlier tasks of |A_i A_t^T|, entry by entry (O-LoRA's penalty, as in its authors' code)."
         return (self.A @ self._by_part(A).mT).abs().sum()
 
 # %% ../../nbs/methods/27_subspaces.ipynb #05ac13aa
