@@ -55,7 +55,7 @@ class Frozen:
         return output + (module.spread(delta) if self.ours else delta.squeeze(-2)).to(output.dtype)
 
     def overlap(self, A: torch.Tensor) -> torch.Tensor:
-        "Sum over earlier tasks of |A_i A_t^T|, entry by entry (Eq. 8 of O-LoRA)."
+        "Sum over earlier tasks of |A_i A_t^T|, entry by entry (O-LoRA's penalty, as in its authors' code)."
         return (self.A @ self._by_part(A).mT).abs().sum()
 
 # %% ../../nbs/methods/27_subspaces.ipynb #05ac13aa
@@ -144,21 +144,21 @@ class InputSpace:
         self,
         moment: torch.Tensor,  # (d, d) second moment of a task's inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (m,) energies, falling, and (d, m) directions
-        "The free directions, by the energy of the task's inputs in them."
+        "The free directions, by how much of the task's inputs is in them: squared singular values of the projected moment."
         free = self.free()
-        energy, directions = torch.linalg.eigh(free.T @ moment.double() @ free)
-        return energy.flip(0), free @ directions.flip(1)
+        directions, sizes, _ = torch.linalg.svd(free.T @ moment.double())
+        return sizes.square(), free @ directions
 
     def grow(
         self,
         moment: torch.Tensor,  # (d, d)
-        share: float,  # of the inputs' energy that the space shall hold
+        share: float,  # of the moment's squared norm that the space shall hold
     ) -> None:
         "Take in the strongest free directions, as few as will do."
         energy, directions = self.strongest(moment)
-        total = moment.double().trace()
+        total = moment.double().square().sum()
         held = 1 - (energy.sum() - torch.cat([energy.new_zeros(1), energy.cumsum(0)])) / total
-        self._leave(directions[:, int((held[:-1] < share - 1e-9).sum()):])
+        self._leave(directions[:, int((held[:-1] < share - 1e-12).sum()):])
 
     def _leave(self, free: torch.Tensor) -> None:
         "Store what is left, or its complement if that is smaller."
@@ -200,9 +200,9 @@ class InfLoRA(AdapterMethod):
         seed: int = 0,
         r: int = 4,
         blocks: int = 5,
-        epsilon: float = 0.95,  # share of the first task's input energy that later tasks must not touch
+        epsilon: float = 0.95,  # share of the first task's inputs that later tasks must not touch
     ):
-        if not 0 < epsilon < 1: raise ValueError(f"epsilon={epsilon} is a share of the inputs' energy and must lie between 0 and 1.")
+        if not 0 < epsilon < 1: raise ValueError(f"epsilon={epsilon} is a share of the inputs and must lie between 0 and 1.")
         super().__init__(model, classes, seed, r, blocks)
         self.epsilon, self.options = epsilon, self.options | {"epsilon": epsilon}
         self.layers = [self.model.get_submodule(name) for name in self.layout.names]
