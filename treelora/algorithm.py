@@ -424,6 +424,11 @@ class Paused:
         self._paused = (plain["task"], part["task"]) if "task" in plain else None
         self.last = _ended(plain["last"], part["last"]) if "last" in plain else None
 
+    @property
+    def paused(self) -> dict | None:
+        "Name, rounds and epoch of a task that was restored and waits to go on."
+        return self._paused and {k: self._paused[0][k] for k in ("name", "rounds", "epoch")}
+
     def _check_paused(self, name: str) -> None:
         "Raise ValueError when another task than this one waits to go on."
         if self._paused is not None and self._paused[0]["name"] != name:

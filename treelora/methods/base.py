@@ -8,9 +8,11 @@ __all__ = ['METHODS', 'tensor_bytes', 'Method', 'VisionMethod', 'AdapterMethod',
 # %% ../../nbs/methods/20_base.ipynb #c7d8a5ec
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
+from accelerate.utils import find_batch_size
+from torch import distributed, nn
 
 from ..algorithm import grouped
 from ..decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
@@ -35,6 +37,7 @@ class Method:
     trains = True  # whether there is anything to train
     collate: Callable | None = None  # makes a batch of a list of examples; None: as the stream does it
     progress_name = "accuracy"  # what `progress` measures
+    fixed: tuple[str, ...] = ()  # attributes that a checkpoint leaves out: the constructor makes them, and nothing changes them
 
     def __init__(
         self,
@@ -101,6 +104,29 @@ class Method:
     def stored_bytes(self) -> int:
         "Memory kept of earlier tasks, all together."
         return sum(self.stored().values())
+
+    def state(self) -> dict:
+        "What a checkpoint keeps, besides the model's weights: all attributes but `fixed`. Tensors, numbers, containers, generators and the project's own objects need nothing more."
+        return {k: v for k, v in vars(self).items() if k not in self.fixed}
+
+    def restore(self, state: dict) -> None:
+        "Be what `state` was; objects that are there already were filled in place. The model's weights are restored afterwards."
+        vars(self).update(state)
+
+    def export(self, folder: Path) -> None:
+        "Add files to a checkpoint at a task's end that others can read. The folder has those of the task before; replace them, never write into them."
+
+    def weight(self, batch) -> torch.Tensor | int:
+        "How much a process's share of a batch counts in the mean over the whole batch."
+        return find_batch_size(batch)
+
+    def mean(self, value: torch.Tensor, batch) -> torch.Tensor:
+        "A number of this process's share of a batch, averaged over the processes: the same in all of them."
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1: return value
+        weight = torch.as_tensor(self.weight(batch), dtype=torch.float32, device=value.device)
+        pair = torch.stack([value.detach().float() * weight, weight])
+        distributed.all_reduce(pair)
+        return pair[0] / pair[1]
 
     def trees(self) -> list[dict]:
         "The tree after each task, for methods that have one."
