@@ -84,8 +84,19 @@ def bare():
     return None, tl
 
 
+class OwnWays(get_method("treelora", "vision")):
+    "A method that adds something of its own in each process."
+    name = "own-ways"
+
+    def after_backward(self, batch, loss):
+        for p in self.parameters(): p.grad += float(os.environ["RANK"])
+
+
+def own_ways(): run(tiny_stream(), OwnWays, model=tiny_vit(), epochs=1, batch_size=8, progress=False)
+
+
 CASES = {"vision": vision, "vision-tails": lambda **s: vision(n=11, batch_size=7, **s), "digits": digits, "language": language,
-         "language-branch": lambda **s: language("treelora-branch", **s), "bare": bare}
+         "fresh": lambda **s: vision(signal="fresh", **s), "own-ways": own_ways, "language-branch": lambda **s: language("treelora-branch", **s), "bare": bare}
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ __all__ = ['WithTree', 'TreeLoRAPlain', 'TreeLoRAPaper', 'TreeLoRAIdentity', 'pr
 from contextlib import ExitStack
 
 import torch
-from torch import distributed
 from torch.nn import functional as F
 
 from ..algorithm import VARIANTS, TreeLoRA
-from .base import AdapterMethod, register, tensor_bytes
+from .base import AdapterMethod, n_processes, register, tensor_bytes
 from ..models import features
 
 # %% ../../nbs/methods/22_treelora.ipynb #01071b73
@@ -29,7 +28,7 @@ class WithTree:
         self.open, self.grown = ExitStack(), []
 
     def begin_task(self, tasks, name, rounds, epoch):
-        if self.tl.signal == "fresh" and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if self.tl.signal == "fresh" and n_processes() > 1:
             raise ValueError('signal="fresh" needs the gradient of the whole batch under another adapter, but each process has a share; use signal="stored" or "loss", or one process.')
         super().begin_task(tasks, name, rounds, epoch)
         self.open.enter_context(self.tl.task(name, rounds, epoch))
