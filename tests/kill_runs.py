@@ -21,11 +21,11 @@ from treelora.text import cldr_stream  # noqa: E402
 
 
 def vision(**kept):
-    return run("split-digits", "treelora", epochs=2, progress=False, **kept)
+    return run("split-digits", "treelora", epochs=1, progress=False, **kept)
 
 
 def language(**kept):
-    return run(cldr_stream(("es", "de"), n_train=32, n_test=6), "treelora-branch", model=small_language(), epochs=4, batch_size=4, lr=0.01, progress=False, **kept)
+    return run(cldr_stream(("es", "de"), n_train=32, n_test=6), "treelora-branch", model=small_language(), epochs=3, batch_size=4, lr=0.01, progress=False, **kept)
 
 
 RUNS = {"vision": vision, "language": language}
@@ -87,7 +87,7 @@ def kill_often(kind: str, kills: int, seed: int = 0, shortest: float = 0.02) -> 
             folder, begun, before = Path(folder), False, ""
             while True:
                 enough = counts["kills"] >= kills
-                dead = killed(start(kind, folder), 600 if enough else chance.uniform(shortest, 0.6 * seconds))
+                dead = killed(start(kind, folder), 600 if enough else chance.uniform(shortest, 0.3 * seconds))
                 counts["resumes"] += begun
                 now = stage_of(folder)
                 counts["files lost"] += now < before  # a checkpoint that was there is gone, and no later one has come
@@ -95,6 +95,7 @@ def kill_often(kind: str, kills: int, seed: int = 0, shortest: float = 0.02) -> 
                 begun, before = True, now
                 if not dead: break
                 counts["kills"] += 1
+                print(f"{kind}: {counts['kills']} kills, now at {now or 'the start'}", file=sys.stderr, flush=True)
             counts["runs"] += 1
             counts["same"] += _learned(folder) == whole
     return counts

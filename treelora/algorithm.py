@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn
@@ -341,7 +342,7 @@ def task_state(
     "The running task between two steps, complete. Raises ValueError outside a task."
     now = tl._open()
     plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch, "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
-             "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)]}
+             "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)], "search": _numbers_of(now.search)}
     found = {"adapter": tl._read(), "before": now.before, "total": now.signature.total.matrix, "arms": now.arms, "branch": now.branch, "scale": now.scale,
              "scatter": now.stats.scatter, "picks": _stack(now.picks), "means": _stack(list(now.stats.means.values())),
              "norms": _stack([x for x, _ in _waiting(now.norms)]), "losses": _stack([x for x, _ in _waiting(now.losses)]),
@@ -371,12 +372,19 @@ def restore_task(
     if now.search is not None:
         for k, x in _tensors_of(now.search).items(): x.copy_(tensors[f"search.{k}"])
         now.search.rng.set_state(tensors["search.rng"])
+        vars(now.search).update(plain["search"])
     tl._write(tensors["adapter"])
 
 
 def _tensors_of(search: Search) -> dict[str, torch.Tensor]:
-    "What a search of any kind has counted and keeps ready."
-    return {k: x for k, x in vars(search).items() if isinstance(x, torch.Tensor)}
+    "What a search of any kind has counted and keeps ready; arrays of NumPy as tensors on the same memory."
+    arrays = {k: torch.from_numpy(x) for k, x in vars(search).items() if isinstance(x, np.ndarray) and x.flags.writeable}
+    return arrays | {k: x for k, x in vars(search).items() if isinstance(x, torch.Tensor)}
+
+
+def _numbers_of(search: Search | None) -> dict[str, float]:
+    "Its plain numbers."
+    return {} if search is None else {k: x for k, x in vars(search).items() if type(x) in (int, float)}
 
 
 def _stack(tensors: list) -> torch.Tensor | None:
