@@ -3,7 +3,7 @@ import errno
 import json
 import os
 import shutil
-import warnings
+from collections import Counter, defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -285,6 +285,7 @@ class Rich(AdapterMethod):
         super().__init__(*args, **kwargs)
         self.memory, self.rng, self.np_rng, self.old = {}, torch.Generator().manual_seed(5), np.random.default_rng(3), []
         self.rule, self.twin = torch.relu, self.layout
+        self.counts, self.lists, self.net = Counter(), defaultdict(list), torch.nn.Linear(2, 2)
 
     def after_backward(self, batch, loss):
         images, labels = batch
@@ -294,6 +295,9 @@ class Rich(AdapterMethod):
         for p in self.parameters(): p.grad += 1e-3 * noise
 
     def end_task(self, batches):
+        self.counts[self.task, "a"] += 2
+        self.lists[self.task].append(torch.ones(2) * self.task)
+        with torch.no_grad(): self.net.weight.add_(self.task)
         self.old.append((self.task, {p.shape for p in self.parameters()}, torch.stack([x.mean() for x, _ in batches])))
         self.model.blocks[0].mlp.fc1.bias.data += 0.1
 
@@ -305,6 +309,7 @@ def test_methods_need_nothing_of_their_own(at, tmp_path, monkeypatch):
     whole, resumed = learn("vision", "rich"), learn("vision", "rich", tmp_path, resume=True)
     assert_same(whole, resumed)
     assert [g.x.shape for g in resumed[1].memory[0, 0]] == [g.x.shape for g in whole[1].memory[0, 0]] and resumed[1].twin is resumed[1].layout
+    assert resumed[1].counts == whole[1].counts and type(resumed[1].lists) is defaultdict and torch.equal(resumed[1].net.weight, whole[1].net.weight)
 
 
 def test_what_cannot_be_written_is_named(tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['TAG', 'FORMAT', 'KEEP', 'INDEX', 'MOVING', 'STILL', 'write_file', 'r
 
 # %% ../nbs/continual/13b_checkpoint.ipynb #c13b0004
 import hashlib, json, math, os, random, shutil, sys, tempfile, warnings
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -115,12 +115,18 @@ class Packer:
         if isinstance(x, torch.Tensor): return self._put_tensor(x, path)
         if type(x) is list: return [self._put(v, f"{path}.{i}") for i, v in enumerate(x)]
         if type(x) is dict: return self._put_dict(x, path)
+        if type(x) in _MAPS and getattr(x, "default_factory", None) in (None, *_FACTORIES.values()): return self._put_map(x, path)
         if type(x) in _PLAIN: return {TAG: _PLAIN[type(x)], "is": [self._put(v, f"{path}.{i}") for i, v in enumerate(_ordered(x))]} | ({"most": x.maxlen} if type(x) is deque else {})
         return self._put_object(x, path)
 
     def _put_dict(self, x: dict, path: str):
         if all(type(k) is str and k != TAG for k in x): return {k: self._put(v, f"{path}.{k}") for k, v in x.items()}
         return {TAG: "dict", "is": [[self._put(k, f"{path}.{i}.key"), self._put(v, f"{path}.{i}")] for i, (k, v) in enumerate(x.items())]}
+
+    def _put_map(self, x, path: str) -> dict:
+        "A dictionary of a special kind."
+        factory = next((n for n, f in _FACTORIES.items() if f is getattr(x, "default_factory", None)), None)
+        return {TAG: "map", "kind": _MAPS[type(x)], "factory": factory, "is": [[self._put(k, f"{path}.{i}.key"), self._put(v, f"{path}.{i}")] for i, (k, v) in enumerate(x.items())]}
 
     def _put_tensor(self, x: torch.Tensor, path: str) -> dict:
         if x.layout is not torch.strided or x.is_quantized: raise self._refused(x, path)
@@ -182,6 +188,11 @@ class Packer:
 
     def _get_float(self, x, like, path): return float(x["is"])
     def _get_dict(self, x, like, path): return {(key := self._get(k, None, path)): self._get(v, like.get(key) if isinstance(like, dict) else None, path) for k, v in x["is"]}
+    def _get_map(self, x, like, path):
+        items = self._get_dict(x, like, path)
+        if x["kind"] == "defaultdict": return defaultdict(_FACTORIES.get(x["factory"]), items)
+        return {"ordered": OrderedDict, "counter": Counter}[x["kind"]](items)
+
     def _get_tuple(self, x, like, path): return tuple(self._get(v, old, path) for v, old in zip(x["is"], _padded(like, len(x["is"]), tuple)))
     def _get_set(self, x, like, path): return {self._get(v, None, path) for v in x["is"]}
     def _get_frozenset(self, x, like, path): return frozenset(self._get_set(x, like, path))
@@ -263,6 +274,8 @@ class Packer:
         return like
 
 
+_MAPS = {OrderedDict: "ordered", Counter: "counter", defaultdict: "defaultdict"}
+_FACTORIES = {"list": list, "dict": dict, "set": set, "int": int, "float": float}
 _PLAIN = {tuple: "tuple", torch.Size: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
 
 
