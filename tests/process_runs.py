@@ -89,6 +89,7 @@ class OwnWays(get_method("treelora", "vision")):
     name = "own-ways"
 
     def after_backward(self, batch, loss):
+        super().after_backward(batch, loss)
         for p in self.parameters(): p.grad += float(os.environ["RANK"])
 
 
