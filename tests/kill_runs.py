@@ -84,15 +84,16 @@ def kill_often(kind: str, kills: int, seed: int = 0, shortest: float = 0.02) -> 
     chance, counts = random.Random(seed), {"kills": 0, "resumes": 0, "runs": 0, "same": 0, "files lost": 0, "in the middle of a write": 0, "seconds of a whole run": round(seconds, 2)}
     while counts["kills"] < kills:
         with tempfile.TemporaryDirectory() as folder:
-            folder, begun, before = Path(folder), False, ""
+            folder, begun, before, left = Path(folder), False, "", set()
             while True:
                 enough = counts["kills"] >= kills
                 dead = killed(start(kind, folder), 600 if enough else chance.uniform(shortest, 0.3 * seconds))
                 counts["resumes"] += begun
                 now = stage_of(folder)
                 counts["files lost"] += now < before  # a checkpoint that was there is gone, and no later one has come
-                counts["in the middle of a write"] += any((folder / "checkpoints").glob(".*"))
-                begun, before = True, now
+                halves = {p.stat().st_mtime_ns for p in (folder / "checkpoints").glob(".*")}
+                counts["in the middle of a write"] += bool(halves - left)
+                begun, before, left = True, now, halves
                 if not dead: break
                 counts["kills"] += 1
                 print(f"{kind}: {counts['kills']} kills, now at {now or 'the start'}", file=sys.stderr, flush=True)
