@@ -167,6 +167,7 @@ class Shares:
 
 class Learner:
     "Train one method on one stream."
+    rank, world = 0, 1  # this process's number, and how many there are
 
     def __init__(
         self,
