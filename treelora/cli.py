@@ -45,6 +45,9 @@ def _add_run(commands) -> None:
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as lam=0.5; may be given several times")
     p.add_argument("--curves", type=int, default=0, help="points of the learning curve of each task")
     p.add_argument("--results", type=Path, default=Path("results"), help="folder for the result")
+    p.add_argument("--resume", action="store_true", help="write checkpoints, and go on from the latest one if there is any")
+    p.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="write a checkpoint every so many steps, not only at each task's end")
+    p.add_argument("--checkpoints", type=Path, help="folder for them; without it, checkpoints/ in the results' folder")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.set_defaults(act=_run)
 
@@ -100,13 +103,23 @@ def _add_others(commands) -> None:
 # %% ../nbs/cli/60_cli.ipynb #be796feb
 def _run(args) -> None:
     from treelora.experiments import result_path
-    from treelora.learner import run
+    from treelora.checkpoint import check_writable
+    from treelora.learner import is_main_process, run
+    path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
+    check_writable(path.parent)
     result = run(args.stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
-                 args.lr, args.schedule, args.precision, args.curves, not args.quiet, **_options(args.option))
-    path = result.save(result_path(args.results, args.stream, args.scale, args.method, args.seed))
+                 args.lr, args.schedule, args.precision, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, **_options(args.option))
+    if not is_main_process(): return
+    result.save(path)
     scores = result.as_dict()["scores"]
     words = [f"OP {100 * scores['op']:.2f} %"] + ([f"BWT {100 * scores['bwt']:.2f} points"] if "bwt" in scores else [])
     print(f"{args.method} on {args.stream}: {', '.join(words)}, {result.seconds:.1f} s of training on {result.where['device']}; {path}")
+
+
+def _checkpoints(args) -> Path | None:
+    "The folder for checkpoints, if any are wanted."
+    if args.checkpoints or not (args.resume or args.checkpoint_every is not None): return args.checkpoints
+    return args.results / "checkpoints" / args.stream.replace(":", "-") / args.scale / f"{args.method}-seed{args.seed}"
 
 
 def _figures(args) -> None:
@@ -189,7 +202,7 @@ def main(
     "Run one command. Bad input is one sentence on standard error and exit code 2."
     args = parser().parse_args(argv)
     try: args.act(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"treelora: {error}", file=sys.stderr)
         return 2
     return 0
