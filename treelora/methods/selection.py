@@ -39,6 +39,8 @@ class HiDeLoRAText(LanguageAdapterMethod):
         for batch in batches: self.stats.update(prompt_features(self.model, batch), [len(self.bank)] * len(batch["input_ids"]))
         self.bank.append(self._adapter())
 
+    def abort_task(self): self._put(self.bank[-1] if self.bank else self.initial)
+
     def identify(
         self,
         prompts: Sequence[str],
@@ -168,12 +170,17 @@ class SAPT(LanguageAdapterMethod):
 
     def begin_task(self, tasks, name, rounds, epoch):
         super().begin_task(tasks, name, rounds, epoch)
-        self._put(self.initial)
-        self.earlier = side_by_side(self.layout, self.bank, self.device, self.model.dtype)
+        self._hold(self.bank, self.initial)
         self.attention.to(self.device).add_task()
 
     def abort_task(self):
-        while len(self.attention.keys) > len(self.bank): self.attention.keys.pop()
+        self._hold(self.bank[:-1], self.bank[-1] if self.bank else self.initial)
+        self.attention.keys = self.attention.keys[:len(self.bank)]
+
+    def _hold(self, earlier: list[torch.Tensor], own: torch.Tensor) -> None:
+        "Put a block into the model, and earlier ones beside it."
+        self.earlier = side_by_side(self.layout, earlier, self.device, self.model.dtype)
+        self._put(own)
 
     def weights(
         self,
@@ -284,9 +291,11 @@ class TaSL(LanguageAdapterMethod):
     def __init__(self, *args, importance: float = 0.2, weight: float = 0.7, smoothing: float = 0.85, **kwargs):
         if not 0 < importance < 1: raise ValueError(f"importance={importance} must be a fraction of the matrices, between 0 and 1.")
         if not 0 <= weight <= 1: raise ValueError(f"weight={weight}, the share of the past, must lie in [0, 1].")
+        if not 0 <= smoothing < 1: raise ValueError(f"smoothing={smoothing} must lie in [0, 1): how much of the past remains at each step.")
         super().__init__(*args, **kwargs)
         self.fraction, self.weight, self.smoothing = importance, weight, smoothing
         self.options |= {"importance": importance, "weight": weight, "smoothing": smoothing}
+        self.before = self.initial  # the adapter as the task began
         self.past: torch.Tensor | None = None  # (units,) running importance, in [0, 1]
         self.fates: list[dict[str, int]] = []  # after each task but the first, how many units were kept from where
 
@@ -296,6 +305,8 @@ class TaSL(LanguageAdapterMethod):
         self.importance = Importance(self.layout.params, (self.smoothing, self.smoothing))
 
     def after_backward(self, batch, loss): self.importance.observe()
+
+    def abort_task(self): self._put(self.before)
 
     def end_task(self, batches):
         present = rescaled(self.importance.scores())
