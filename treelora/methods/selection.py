@@ -87,6 +87,11 @@ class SharedAttention(nn.Module):
         key = 2 * torch.rand(self.width, generator=self.rng) - 1
         self.keys.append(nn.Parameter(key.to(self.query[0].weight.device)))
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        "As ever; an attention that has more keys than this one gives it as many."
+        while f"keys.{len(self.keys)}" in state_dict: self.add_task()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def forward(
         self,
         pooled: torch.Tensor,  # (n, width), from `prompt_peaks`
@@ -295,7 +300,7 @@ class TaSL(LanguageAdapterMethod):
         super().__init__(*args, **kwargs)
         self.fraction, self.weight, self.smoothing = importance, weight, smoothing
         self.options |= {"importance": importance, "weight": weight, "smoothing": smoothing}
-        self.before = self.initial  # the adapter as the task began
+        self.before = self.initial.clone()  # the adapter as the task began
         self.past: torch.Tensor | None = None  # (units,) running importance, in [0, 1]
         self.fates: list[dict[str, int]] = []  # after each task but the first, how many units were kept from where
 
