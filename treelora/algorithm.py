@@ -337,7 +337,7 @@ def _read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 # %% ../nbs/core/05_algorithm.ipynb #c4a50002
 def task_state(
-    tl: "TreeLoRA",  # inside a task
+    tl,  # a `TreeLoRA`, inside a task
 ) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "The running task between two steps, complete. Raises ValueError outside a task."
     now = tl._open()
@@ -353,7 +353,7 @@ def task_state(
 
 
 def restore_task(
-    tl: "TreeLoRA",  # just inside the same task, with the same bank
+    tl,  # a `TreeLoRA`, just inside the same task, with the same bank
     plain: dict,  # from `task_state`
     tensors: dict[str, torch.Tensor],
 ) -> None:
