@@ -86,12 +86,11 @@ def places(
     "Whether the methods stand where the literature and the paper put them, within the seeds' spread. Raises FileNotFoundError without results."
     op, bwt = (_scores(results, stream, scale, score) for score in ("op", "bwt"))
     rivals = [m for m in op if m not in ("joint", "alone") and not m.startswith("treelora")]
-    best, prompts = max(rivals, key=lambda m: op[m][0]), [m for m in ("l2p", "dualprompt") if m in op]
-    middle = max(prompts, key=lambda m: op[m][0])
+    best, middle = max(rivals, key=lambda m: op[m][0]), max((m for m in ("l2p", "dualprompt") if m in op), key=lambda m: op[m][0], default=None)
     least = min((m for m in rivals if m in bwt and m != "fix"), key=lambda m: bwt[m][0])
     top = "joint" if "joint" in op else "alone"
     rows = [("no rival below plain sequential LoRA", *_says(low := min((m for m in rivals if m not in ("seqlora", "fix")), key=lambda m: op[m][0]), op[low], "seqlora", op["seqlora"])),
-            ("HiDe above prompts without it", *_says("hidelora", op["hidelora"], middle, op[middle])),
+            *([("HiDe above prompts without it", *_says("hidelora", op["hidelora"], middle, op[middle]))] if middle else []),
             (f"{top} on top", *_says(top, op[top], best, op[best])),
             ("the paper's form: accuracy of the best rival", *_says("treelora", op["treelora"], best, op[best])),
             ("the paper's form: least forgetting", *_says(least, bwt[least], "treelora", bwt["treelora"])),
