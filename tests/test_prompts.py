@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from treelora.language import Collator, answer_nll
 from treelora.learner import run
 from treelora.methods.prompts import (DualPrompt, DualPrompts, DualPromptText, EnsemblePrefixes, HiDePrompt, L2P, L2PText, Prefixes, PromptPool,
-                                      attention_layers, prefixed, prepended, shares, text_prefixed)
+                                      as_read, attention_layers, noise, prefixed, prepended, shares, text_prefixed)
 from treelora.models import features, get_model
 from treelora.streams import get_stream
 from treelora.text import Example, TextSet, TextStream, TextTask
@@ -81,7 +81,7 @@ def test_hooks_are_gone_after_an_error():
 
 @given(st.integers(0, 1000), st.integers(1, 6))
 def test_selection_is_the_nearest_keys(seed, top):
-    pool = PromptPool(7, 2, 3, 5, top, seed=seed)
+    pool = PromptPool(noise(7, 2, 3, seed=seed), 5, top, seed=seed)
     queries = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
     by_hand = [sorted(range(7), key=lambda j: -F.cosine_similarity(q, pool.keys[j], dim=0).item())[:top] for q in queries]
     chosen = pool.select(queries)
@@ -93,7 +93,7 @@ def test_selection_is_the_nearest_keys(seed, top):
 
 
 def test_only_chosen_prompts_and_keys_have_a_gradient():
-    pool = PromptPool(6, 2, 3, 5, 2)
+    pool = PromptPool(noise(6, 2, 3), 5, 2)
     queries = torch.randn(1, 5)
     chosen = pool.select(queries)
     (pool(chosen).square().sum() + pool.pull(queries, chosen)).backward()
@@ -101,20 +101,20 @@ def test_only_chosen_prompts_and_keys_have_a_gradient():
 
 
 def test_used_prompts_come_later_while_training_only():
-    pool, queries = PromptPool(4, 1, 3, 5, 1), torch.randn(1, 5)
+    pool, queries = PromptPool(noise(4, 1, 3), 5, 1), torch.randn(1, 5)
     first = pool.select(queries)
     pool.used[first] = 1e4
     assert pool.select(queries).equal(first) and not pool.select(queries, training=True).equal(first)
 
 
 def test_gain_multiplies_what_is_learned_and_not_what_is_there():
-    slow, fast = (PromptPool(4, 2, 3, 5, 1, std=0.5, gain=gain) for gain in (1.0, 10.0))
+    slow, fast = (PromptPool(noise(4, 2, 3), 5, 1, gain=gain) for gain in (1.0, 10.0))
     chosen = torch.tensor([[2]])
     assert torch.allclose(slow(chosen), fast(chosen)) and torch.allclose(10 * fast.prompts, slow.prompts)
 
 
 def test_experts_go_by_task_and_general_prompts_to_all():
-    prompts = DualPrompts(3, (0, 1), (2, 3, 4), 8, 5, lengths=(2, 4))
+    prompts = DualPrompts(Prefixes((0, 1), noise(1, 2, 2, 2, 8)), Prefixes((2, 3, 4), noise(3, 3, 2, 4, 8)), 5)
     given_ = prompts(torch.tensor([2, 0, 2]))
     assert [tuple(given_[i].shape) for i in range(5)] == [(3, 2, 2, 8)] * 2 + [(3, 2, 4, 8)] * 3
     assert given_[0][0].equal(given_[0][1]) and given_[3][0].equal(prompts.expert.table[2, 1]) and given_[3][1].equal(prompts.expert.table[0, 1])
@@ -122,7 +122,7 @@ def test_experts_go_by_task_and_general_prompts_to_all():
 
 
 def test_an_ensemble_is_the_formula():
-    sets = EnsemblePrefixes(4, (0, 2), 3, 4, lean=0.3)
+    sets = EnsemblePrefixes((0, 2), noise(4, 2, 2, 3, 4), lean=0.3)
     for t in range(4):
         wanted = sets.table[t] if t == 0 else 0.7 * sets.table[t] + 0.3 * sets.table[:t].mean(0)
         mixed = sets(torch.tensor([t]))
@@ -234,6 +234,19 @@ def test_cached_decoding_under_a_prefix_equals_the_whole_forward_pass(tiny_langu
     assert logits[:, 6:-1].argmax(2).equal(out[:, 7:]) and torch.allclose(unmasked, all_seen, atol=1e-5)
 
 
+def test_a_prefix_of_what_tokens_leave_is_reading_them(tiny_language):
+    model, tokenizer = tiny_language()
+    model.eval()
+    ids = torch.randint(1, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), text_prefixed(model, dict(enumerate(as_read(model, ids[:, :5]).unbind(1)))):
+        rest = model(input_ids=ids[:, 5:], position_ids=torch.arange(5, 9)[None]).logits
+    assert torch.allclose(rest, model(input_ids=ids).logits[:, 5:], atol=1e-5)
+    method = DualPromptText(model, tokenizer, 3, lengths=(2, 4))  # and that is where prefixes start
+    start = as_read(model, method.random_tokens(3, 4))
+    given_ = method.prompts(torch.tensor([2, 0]))
+    assert list(given_) == [0, 1] and torch.allclose(given_[1], start[[2, 0], 1], atol=1e-6)
+
+
 def test_l2ps_vectors_lengthen_what_the_language_model_reads(tiny_language):
     model, tokenizer = tiny_language()
     method, seen = L2PText(model, tokenizer, 2, top=2, length=3), []
@@ -269,7 +282,7 @@ def test_bad_input(tiny_language):
         with pytest.raises(ValueError, match=f"{cls.name} puts prompts .* Sequential is none"): cls(nn.Sequential(nn.Conv2d(1, 2, 3)), CLASSES)
     with pytest.raises(ValueError, match="cannot lend 9"): L2P(vit(), CLASSES, pool=8, top=9)
     with pytest.raises(ValueError, match="length 0"): L2P(vit(), CLASSES, length=0)
-    with pytest.raises(ValueError, match="at least one vector"): Prefixes(2, (0,), 0, 4)
+    with pytest.raises(ValueError, match="length 0 is none"): DualPrompt(vit(), CLASSES, lengths=(5, 0))
     for cls, layers in ((DualPrompt, {"expert": (5, 6)}), (DualPrompt, {"general": ()}), (HiDePrompt, {"layers": (-1,)})):
         with pytest.raises(ValueError, match="the model has 6"): cls(vit(), CLASSES, **layers)
     with pytest.raises(ValueError, match="no setting 'depth'"): run("split-digits", L2P, depth=3)
@@ -277,6 +290,7 @@ def test_bad_input(tiny_language):
     with pytest.raises(ValueError, match="600 prompt vectors and 1 tokens are more than the model's context of 512"): L2PText(model, tokenizer, 2, length=200)
     for cls in LANGUAGE:
         with pytest.raises(ValueError, match="context of 512"): cls(*tiny_language(), 2).query(Collator(tokenizer).prompt(["a" * 600]))
+    with pytest.raises(ValueError, match="length 0 is none"): DualPromptText(*tiny_language(), 2, lengths=(0, 20))
     with pytest.raises(ValueError, match="the model has 2"): DualPromptText(*tiny_language(), 2, expert=(7,))
     with pytest.raises(ValueError, match="no attention layers"): attention_layers(nn.Linear(2, 2))
     model.config._attn_implementation = "flash_attention_2"
