@@ -145,6 +145,25 @@ def test_a_task_trains_its_own_block_and_key_only(tiny_language):
     assert len(method.attended[-1]) == 3 and sum(method.attended[-1]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("pace", [1.0, 0.25])
+def test_attention_goes_a_share_of_each_step(tiny_language, pace):
+    method, stream = learned(tiny_language, SAPT, n_tasks=2, pace=pace)
+    method.begin_task([1], "again", 1, 1)
+    trained, block = method._attention_trained(), method.layout.params[1]
+    before, own = [p.detach().clone() for p in trained], block.detach().clone()
+    opt, batch = torch.optim.SGD(method.parameters(), 1.0), method.collate([*stream[1].train][:4])
+    loss = method.loss(batch)
+    loss.backward()
+    method.after_backward(batch, loss)
+    opt.step()
+    method.after_step()
+    for p, old in zip(trained, before): assert torch.allclose(p, old - pace * p.grad, atol=1e-6)
+    assert torch.allclose(block, own - block.grad)  # the adapter goes all of it
+    stands = [p.detach().clone() for p in trained]
+    method.after_step()  # of a step that was left out
+    assert all(map(torch.equal, trained, stands))
+
+
 def test_first_task_of_sapt_is_plain_lora(tiny_language):
     method, stream = learned(tiny_language, SAPT, n_tasks=1)
     batch = method.collate.prompt(prompts(stream))
@@ -223,7 +242,7 @@ def test_before_the_first_task(tiny_language):
 
 
 @pytest.mark.parametrize("build, options, says", [
-    (SAPT, {"hidden": 0}, "at least 1, not hidden=0"), (TaSL, {"importance": 0}, "importance=0 must be a fraction"),
+    (SAPT, {"hidden": 0}, "at least 1, not hidden=0"), (SAPT, {"pace": 0}, "pace=0,"), (SAPT, {"pace": 1.5}, "pace=1.5"), (TaSL, {"importance": 0}, "importance=0 must be a fraction"),
     (TaSL, {"weight": 1.1}, "weight=1.1"), (TaSL, {"smoothing": 1.0}, "smoothing=1.0 must lie"), (HiDeLoRAText, {"hidden": 3}, "no setting 'hidden'")])
 def test_bad_settings(tiny_language, build, options, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")): tiny_run(tiny_language, build, **options)

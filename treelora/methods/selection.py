@@ -162,16 +162,29 @@ class SAPT(LanguageAdapterMethod):
     "A block and a key for each task, mixed by attention in training and at test time; without generative replay."
     name, paper, year, stores = "sapt", "Zhao et al., ACL 2024, without generative replay", 2024, "adapters, keys, query projection"
 
-    def __init__(self, *args, hidden: int = 100, **kwargs):
+    def __init__(self, *args, hidden: int = 100, pace: float = 0.05, **kwargs):
+        if not 0 < pace <= 1: raise ValueError(f"pace={pace}, the attention's learning rate as a share of the adapters', must be above 0 and at most 1.")
         super().__init__(*args, **kwargs)
         for name in self.layout.names: _check_linear(name, self.model.get_submodule(name))
         self.attention = SharedAttention(self.model.get_input_embeddings().weight.shape[1], hidden, self.seed)
-        self.options |= {"hidden": hidden}
+        self.pace, self.start = pace, None
+        self.options |= {"hidden": hidden, "pace": pace}
         self.bank: list[torch.Tensor] = []  # (L, D) blocks of the tasks that were learned
         self.earlier: list[Pair] = []  # those before the present one, side by side
         self.attended: list[list[float]] = []  # after each task, the mean weights of its own training prompts
 
-    def parameters(self): return super().parameters() + [p for p in self.attention.parameters() if p.requires_grad]
+    def parameters(self): return super().parameters() + self._attention_trained()
+
+    def _attention_trained(self) -> list[nn.Parameter]:
+        "The query projection and the present key."
+        return [p for p in self.attention.parameters() if p.requires_grad]
+
+    def after_backward(self, batch, loss): self.start = [p.detach().clone() for p in self._attention_trained()]
+
+    @torch.no_grad()
+    def after_step(self):
+        if self.start is not None: torch._foreach_lerp_(self._attention_trained(), self.start, 1 - self.pace)
+        self.start = None  # a step that is left out is not followed by a second way back
 
     def begin_task(self, tasks, name, rounds, epoch):
         super().begin_task(tasks, name, rounds, epoch)
