@@ -55,20 +55,20 @@ def _cell(mean, std=None, digits: int = 2) -> str:
     return text if not isinstance(std, (int, float)) else f"{text} ± {std:.{digits}f}"
 
 
-def _ours(runs: Sequence[dict], pick) -> str:
+def _ours(runs: Sequence[dict], pick, digits: int) -> str:
     "One of our cells: a score of all seeds."
     values = [pick(r) for r in runs]
     if not values or any(v is None for v in values): return NOTHING
-    return _cell(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+    return _cell(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, digits)
 
 
 STREAMS_OF = {1: ("split-digits", "split-fashion-mnist"), 3: ("cldr",), 11: ("split-digits", "split-fashion-mnist"), 12: ("cldr",)}
 # table -> the streams of our columns, unless another one is asked for
 WHOLE = (1, 3)  # tables that also show our methods that the paper has not
-OURS = (("ACC %", lambda r: 100 * r["scores"]["op"]),
-        ("BWT", lambda r: 100 * r["scores"]["bwt"] if "bwt" in r["scores"] else None),
-        ("time s", lambda r: r["seconds"]["train"]),
-        ("kept kB", lambda r: r["memory"]["stored_bytes"] / 1000))  # of earlier tasks
+OURS = (("ACC %", lambda r: 100 * r["scores"]["op"], 2),
+        ("BWT", lambda r: 100 * r["scores"]["bwt"] if "bwt" in r["scores"] else None, 2),
+        ("time s", lambda r: r["seconds"]["train"], 2),
+        ("kept kB", lambda r: r["memory"]["stored_bytes"] / 1000, 0))  # of earlier tasks; the last number: digits
 
 # %% ../nbs/figures/51_tables.ipynb #808a1c51
 def _results(results: str | Path, stream: str, scale: str) -> dict[str, list[dict]]:
@@ -112,12 +112,17 @@ def _of_text(ours: dict[str, list[dict]]) -> bool:
 
 def _our_names(ours: dict[str, list[dict]]) -> list[str]:
     "Heads of our columns: a stream of texts may have other scores than accuracy."
-    return ["OP" if name == "ACC %" and _of_text(ours) else name for name, _ in OURS]
+    return ["OP" if name == "ACC %" and _of_text(ours) else name for name, _, _ in OURS]
 
 
 def _our_cells(runs: Sequence[dict]) -> list[str]:
     "Our columns of one method on one stream."
-    return [_ours(runs, pick) for _, pick in OURS]
+    return [_ours(runs, pick, digits) for _, pick, digits in OURS]
+
+
+def _named(method: str, runs: Sequence[dict], n: int) -> str:
+    "A method's name, with its number of seeds where others have more."
+    return method if len(runs) == n else f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})"
 
 
 def _digits(metric: str) -> int:
@@ -145,8 +150,8 @@ def parts_table(
 ) -> Table:
     "Score, forgetting and time as the parts of the method come in, one by one."
     ours = _results(results, stream, scale)
-    rows = [[m, what, *_our_cells(ours[m])] for m, what in (TEXT_PARTS if _of_text(ours) else PARTS).items() if m in ours]
     n = max((len(r) for r in ours.values()), default=0)
+    rows = [[_named(m, ours[m], n), what, *_our_cells(ours[m])] for m, what in (TEXT_PARTS if _of_text(ours) else PARTS).items() if m in ours]
     return Table(f"Parts of the method on {stream} (scale {scale}, {n} seeds)", ["method", "what it has", *_our_names(ours)], rows)
 
 # %% ../nbs/figures/51_tables.ipynb #8931445c
@@ -162,7 +167,7 @@ def contest_table(
     order = sorted(ours, key=lambda m: -np.mean([r["scores"]["op"] for r in ours[m]]))
     n = max((len(r) for r in ours.values()), default=0)
     head = ["method", "lr", *_our_names(ours), "what is kept"]
-    rows = [[m, f"{ours[m][0]['config']['lr']:g}", *_our_cells(ours[m]), _kept(ours[m])] for m in order]
+    rows = [[_named(m, ours[m], n), f"{ours[m][0]['config']['lr']:g}", *_our_cells(ours[m]), _kept(ours[m])] for m in order]
     return Table(f"The contenders on {stream} (scale {scale}, {n} seeds)", head, rows)
 
 
