@@ -134,12 +134,16 @@ def add_adapters(
     dropout: float = 0.1,
     target: Sequence[str] = ("q_proj", "v_proj"),  # ends of the names of the projections
     seed: int = 0,
+    layers: int | None = None,  # how many of the last layers get an adapter; None: all
 ) -> PeftModel:
-    "PEFT LoRA on a model's projections. Raises ValueError, listing the linear layers, when none has such a name."
+    "PEFT LoRA on a model's projections. Raises ValueError, listing the linear layers, when none has such a name, or the model has fewer layers."
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if missing := sorted(set(target) - names):
         raise ValueError(f"The model has no linear layers named {', '.join(missing)}; it has {', '.join(sorted(names))}. Pass target= with some of these.")
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target), task_type="CAUSAL_LM")
+    depth = model.config.get_text_config().num_hidden_layers
+    if layers is not None and not 0 < layers <= depth: raise ValueError(f"layers={layers} must lie between 1 and the model's {depth} layers.")
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target), task_type="CAUSAL_LM",
+                        layers_to_transform=None if layers is None else list(range(depth - layers, depth)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
@@ -246,10 +250,10 @@ def generate(
 @torch.no_grad()
 def prompt_features(
     model: nn.Module,  # with adapters; they are switched off
-    batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without
+    batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without, or with activations in place of tokens
 ) -> torch.Tensor:  # (n, width), float32
     "Mean un-adapted hidden state of each prompt's tokens."
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs = {name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids") if name in batch}
     with adapters_off(model): hidden = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states[-1]
     weight = batch["attention_mask"].bool() & (batch["labels"] == IGNORED if "labels" in batch else True)
     return (hidden.float() * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)

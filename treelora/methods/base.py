@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import find_batch_size
 from torch import distributed, nn
+from torch.utils.data import default_collate
 
+from ..ahead import input_of, stack_of, take_activations
 from ..algorithm import grouped
 from ..decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
 from ..lora import adapters_off, add_lora, lora_layers
@@ -134,6 +136,22 @@ class Method:
         distributed.all_reduce(pair)
         return pair[0] / pair[1]
 
+    def prepare_ahead(self) -> None:
+        "Get ready for batches whose part below the adapters was computed ahead (`treelora.ahead`). Raises ValueError where there is no such part."
+        raise ValueError(f"The method {self.name!r} has no part that could be computed ahead: it changes, or needs, what lies below its adapters.")
+
+    def below(self, batch) -> list:
+        "A batch, example by example, with what reaches the adapters in place of the inputs, on the host."
+        raise TypeError(f"{type(self).__name__} must define below.")
+
+    def join(self, items: list):
+        "A batch of what `below` gave."
+        return default_collate(items)
+
+    def plain(self, batch) -> torch.Tensor:  # (n, F)
+        "What the un-adapted model makes of a batch's inputs."
+        raise TypeError(f"{type(self).__name__} must define plain.")
+
     def trees(self) -> list[dict]:
         "The tree after each task, for methods that have one."
         return []
@@ -188,13 +206,14 @@ class AdapterMethod(VisionMethod):
         classes: Sequence[Sequence[int]],
         seed: int = 0,
         r: int = 4,  # rank, App. A.3
-        blocks: int = 5,  # how many blocks get an adapter, from the first, App. A.3
+        blocks: int = 5,  # how many blocks get an adapter, App. A.3
+        place: str = "first",  # which ones: the "first" (App. A.3) or the "last"
     ):
         super().__init__(model, classes, seed)
         torch.manual_seed(seed)
-        add_lora(model, "attn.qkv", r=r, alpha=r, blocks=range(blocks), parts=("k", "v"))
+        add_lora(model, "attn.qkv", r=r, alpha=r, blocks=_places(len(model.blocks), blocks, place), parts=("k", "v"))
         model.head.requires_grad_(True)
-        self.options = {"r": r, "blocks": blocks, "wtp": self.wtp, "tap": self.tap, "tii": self.tii}
+        self.options = {"r": r, "blocks": blocks, "place": place, "wtp": self.wtp, "tap": self.tap, "tii": self.tii}
         self.layout = Layout(lora_layers(model))
         self.parts = Decomposition(seed)
         self.bank: dict[int, torch.Tensor] = {}  # task -> (L, D) adapter, if inputs are sent to different ones
@@ -218,6 +237,15 @@ class AdapterMethod(VisionMethod):
     def _plain(self, images: torch.Tensor) -> torch.Tensor:
         "Un-adapted features."
         with adapters_off(self.model): return features(self.model, images)
+
+    def prepare_ahead(self): take_activations(self.model, *stack_of(self.layout.names))
+
+    def below(self, batch):
+        stack, start = stack_of(self.layout.names)
+        tokens = input_of(self.model.get_submodule(stack)[start], lambda: self.model(batch[0]))
+        return list(zip(tokens.cpu(), batch[1].cpu()))
+
+    def plain(self, batch): return self._plain(batch[0])
 
     def _adapter(self) -> torch.Tensor:  # (L, D)
         "The adapter as it is now."
@@ -260,6 +288,13 @@ class AdapterMethod(VisionMethod):
     def stored(self):
         kept = {"adapters": tensor_bytes(self.bank.values()), "class moments": self.parts.stored_bytes}
         return {what: size for what, size in kept.items() if size}
+
+
+def _places(depth: int, blocks: int, place: str) -> range:
+    "The numbers of the blocks that get an adapter."
+    if place not in ("first", "last"): raise ValueError(f'place={place!r} must be "first" or "last": which blocks get an adapter.')
+    if not 0 < blocks <= depth: raise ValueError(f"blocks={blocks} must lie between 1 and the model's {depth} blocks.")
+    return range(blocks) if place == "first" else range(depth - blocks, depth)
 
 # %% ../../nbs/methods/20_base.ipynb #52582268
 METHODS: dict[str, dict[str, type[Method]]] = {}  # name -> kind -> class

@@ -13,7 +13,9 @@ from itertools import chain, islice, repeat
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 
+from ..ahead import input_of, stack_of, take_activations
 from ..algorithm import VARIANTS
 from ..checkpoint import write_peft
 from ..language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, generate, prompt_features
@@ -55,6 +57,8 @@ class LanguageMethod(Method):
 
     def weight(self, batch): return (batch["labels"] != IGNORED).sum()
 
+    def plain(self, batch): return prompt_features(self.model, batch)
+
     def predict(self, inputs: Sequence[str], max_answer: int = 64) -> list[str]:
         "Answers to prompts, at most `max_answer` tokens each."
         return generate(self.model, self.collate, inputs, max_answer)
@@ -81,14 +85,29 @@ class LanguageAdapterMethod(LanguageMethod):
         alpha: float = 32,
         dropout: float = 0.1,
         target: Sequence[str] = ("q_proj", "v_proj"),
+        layers: int | None = None,  # how many of the last layers get an adapter; None: all
         max_prompt: int = 1024,
         max_answer: int = 512,
     ):
-        adapted = model if isinstance(model, PeftModel) else add_adapters(model, r, alpha, dropout, target, seed)
+        adapted = model if isinstance(model, PeftModel) else add_adapters(model, r, alpha, dropout, target, seed, layers)
         super().__init__(adapted, tokenizer, n_tasks, seed, max_prompt, max_answer)
         self.layout = Layout(lora_layers(adapted))
         self.initial = self._adapter()
-        self.options |= {"r": r, "alpha": alpha, "dropout": dropout, "target": list(target)}
+        self.options |= {"r": r, "alpha": alpha, "dropout": dropout, "target": list(target), "layers": layers}
+
+    def prepare_ahead(self): take_activations(self.model, *stack_of(self.layout.names))
+
+    def below(self, batch):
+        stack, start = stack_of(self.layout.names)
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        hidden = input_of(self.model.get_submodule(stack)[start], lambda: self.model(**inputs, use_cache=False))
+        lengths = batch["attention_mask"].sum(1).tolist()  # padding is on the left
+        return [{"hidden": h[-n:].cpu(), "labels": y[-n:].cpu()} for h, y, n in zip(hidden, batch["labels"], lengths)]
+
+    def join(self, items):
+        hidden, labels = (pad_sequence([item[name] for item in items], True, fill, "left") for name, fill in (("hidden", 0.0), ("labels", IGNORED)))
+        mask = pad_sequence([torch.ones(len(item["labels"]), dtype=torch.long) for item in items], True, 0, "left")
+        return {"inputs_embeds": hidden, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": labels}
 
     def _adapter(self) -> torch.Tensor:  # (L, D), on the host
         "The adapter as it is now."
@@ -188,8 +207,8 @@ class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
     "TreeLoRA around a language model."
     year, stores = 2025, "adapters, signatures"
 
-    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1, target=("q_proj", "v_proj"), max_prompt=1024, max_answer=512, **changes):
-        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, max_prompt, max_answer)
+    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1, target=("q_proj", "v_proj"), layers=None, max_prompt=1024, max_answer=512, **changes):
+        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers, max_prompt, max_answer)
         self.memo = Memo()
         self.plant(changes)
 

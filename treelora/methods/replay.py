@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..language import IGNORED, _answer_logits
 from ..lora import row_adapters
-from .base import AdapterMethod, register, tensor_bytes
+from .base import AdapterMethod, Method, register, tensor_bytes
 from .language import LanguageAdapterMethod
 from ..models import features
 
@@ -57,6 +57,8 @@ def true_logits(
 
 class GroupGradients:
     "What a method, of vision or language, needs to see the gradients of single examples or groups of them."
+
+    def prepare_ahead(self): Method.prepare_ahead(self)  # examples are kept, and looked at again, as they are
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -19,7 +19,7 @@ from torch import nn
 from ..algorithm import FeatureStats
 from ..language import IGNORED, answer_nll, generate, prompt_features
 from ..lora import Pair, row_adapters
-from .base import register, tensor_bytes
+from .base import Method, register, tensor_bytes
 from .language import LanguageAdapterMethod, Memo
 from ..signature import Layout
 
@@ -36,7 +36,7 @@ class HiDeLoRAText(LanguageAdapterMethod):
 
     def end_task(self, batches):
         self.model.eval()
-        for batch in batches: self.stats.update(prompt_features(self.model, batch), [len(self.bank)] * len(batch["input_ids"]))
+        for batch in batches: self.stats.update(prompt_features(self.model, batch), [len(self.bank)] * len(batch["labels"]))
         self.bank.append(self._adapter())
 
     def abort_task(self): self._put(self.bank[-1] if self.bank else self.initial)
@@ -174,6 +174,8 @@ class SAPT(LanguageAdapterMethod):
         self.attended: list[list[float]] = []  # after each task, the mean weights of its own training prompts
 
     def parameters(self): return super().parameters() + self._attention_trained()
+
+    def prepare_ahead(self): Method.prepare_ahead(self)  # its attention reads the embedded prompt
 
     def _attention_trained(self) -> list[nn.Parameter]:
         "The query projection and the present key."

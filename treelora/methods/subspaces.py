@@ -102,9 +102,9 @@ class OLoRAText(Orthogonal, LanguageAdapterMethod):
     "A new adapter for each task, pushed away from the row spaces of the earlier ones; all are summed."
     name, paper, year, stores = "olora", "Wang et al., Findings of EMNLP 2023", 2023, "adapters"
 
-    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1, target=("q_proj", "v_proj"), max_prompt=1024, max_answer=512,
-                 lam=0.5):  # of the penalty, the authors' lambda_1
-        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, max_prompt, max_answer)
+    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1, target=("q_proj", "v_proj"), layers=None, max_prompt=1024,
+                 max_answer=512, lam=0.5):  # of the penalty, the authors' lambda_1
+        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers, max_prompt, max_answer)
         self.separate(lam)
 
 
@@ -114,8 +114,8 @@ class OLoRA(Orthogonal, AdapterMethod):
     name, paper, year, stores = "olora", "Wang et al., Findings of EMNLP 2023", 2023, "adapters"
     wtp = True
 
-    def __init__(self, model, classes, seed=0, r=4, blocks=5, lam=0.5):
-        super().__init__(model, classes, seed, r, blocks)
+    def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first", lam=0.5):
+        super().__init__(model, classes, seed, r, blocks, place)
         self.separate(lam)
 
 # %% ../../nbs/methods/27_subspaces.ipynb #9017ff7d
@@ -200,10 +200,11 @@ class InfLoRA(AdapterMethod):
         seed: int = 0,
         r: int = 4,
         blocks: int = 5,
+        place: str = "first",
         epsilon: float = 0.95,  # share of the first task's inputs that later tasks must not touch
     ):
         if not 0 < epsilon < 1: raise ValueError(f"epsilon={epsilon} is a share of the inputs and must lie between 0 and 1.")
-        super().__init__(model, classes, seed, r, blocks)
+        super().__init__(model, classes, seed, r, blocks, place)
         self.epsilon, self.options = epsilon, self.options | {"epsilon": epsilon}
         self.layers = [self.model.get_submodule(name) for name in self.layout.names]
         for name, layer in zip(self.layout.names, self.layers): _check_rank(name, r, layer.base.in_features)

@@ -79,8 +79,8 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
     name, paper, year, stores = "treelora-plain", "Qian et al., ICML 2025, without decomposition", 2025, "adapters, signatures"
     settings = VARIANTS["paper"] | {"depth": 5}  # App. A.3: depth 5 for ViT
 
-    def __init__(self, model, classes, seed=0, r=4, blocks=5, **changes):
-        super().__init__(model, classes, seed, r, blocks)
+    def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first", **changes):
+        super().__init__(model, classes, seed, r, blocks, place)
         self.plant(changes)
 
     def _keep_adapter(self): pass  # the bank of TreeLoRA has it
