@@ -175,6 +175,7 @@ def test_steps_that_overflow_are_no_rounds():
     p, seen, scaler = torch.nn.Parameter(torch.ones(2)), [], torch.amp.GradScaler("cpu", init_scale=2.0 ** 127)
     optimizer = AcceleratedOptimizer(torch.optim.Adam([p]), scaler=scaler)
     own = learner.Learner.__new__(learner.Learner)
+    own.compile = False
     own.accelerator = SimpleNamespace(scaler=scaler, backward=lambda loss: scaler.scale(loss).backward())
     own.method = SimpleNamespace(loss=lambda batch: (3.0 * p).sum(), after_backward=lambda batch, loss: seen.append(p.grad.clone()), after_step=lambda: None)
     for _ in range(6): own._step(None, optimizer)
