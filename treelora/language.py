@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'SMOLLM2_REVISION', 'SMOLLM2_FILE', 'IGNORED', 'cache_folder', 'packaged_smollm2', 'convert_gguf',
            'load_smollm2', 'load_language_model', 'ready_tokenizer', 'add_adapters', 'Collator', 'answer_loss',
-           'answer_nll', 'generate', 'prompt_features']
+           'answer_logits', 'answer_nll', 'generate', 'prompt_features']
 
 # %% ../nbs/continual/18_language.ipynb #ea466b0c
 import hashlib, os, tempfile, warnings
@@ -205,11 +205,11 @@ def answer_loss(
     batch: dict[str, torch.Tensor],  # from `Collator`
 ) -> torch.Tensor:
     "Mean negative log-likelihood of the answers' tokens; logits are computed for the columns that hold answers only."
-    logits, labels = _answer_logits(model, batch)
+    logits, labels = answer_logits(model, batch)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def _answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
+def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
     "Logits and labels of the last k columns, k the longest answer."
     labels = batch["labels"]
     k = labels.shape[1] - int((labels != IGNORED).any(0).nonzero()[0])
@@ -224,7 +224,7 @@ def answer_nll(
     batch: dict[str, torch.Tensor],  # from `Collator`
 ) -> torch.Tensor:  # (n,)
     "Mean negative log-likelihood a token of each answer, by teacher forcing: a score for curves, one forward pass and no generation."
-    logits, labels = _answer_logits(model, batch)
+    logits, labels = answer_logits(model, batch)
     nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return nll.sum(1) / (labels != IGNORED).sum(1)
 

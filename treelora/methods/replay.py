@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ..language import IGNORED, _answer_logits
+from ..language import IGNORED, answer_logits
 from ..lora import row_adapters
 from .base import AdapterMethod, Method, register, tensor_bytes
 from .language import LanguageAdapterMethod
@@ -138,7 +138,7 @@ class TextGradients(GroupGradients):
         return {"input_ids": both[..., 0].clamp(min=0), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": both[..., 1]}
 
     def answers(self, batch, copies, which):
-        with row_adapters(self.model, self.layout.names, _pairs(copies), which): return _answer_logits(self.model, batch)
+        with row_adapters(self.model, self.layout.names, _pairs(copies), which): return answer_logits(self.model, batch)
 
 # %% ../../nbs/methods/24_replay.ipynb #c009bf06
 def nonnegative_qp(
