@@ -209,7 +209,10 @@ def answer_loss(
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
+def answer_logits(
+    model: nn.Module,  # a causal language model
+    batch: dict[str, torch.Tensor],  # from `Collator`
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
     "Logits and labels of the last k columns, k the longest answer."
     labels = batch["labels"]
     k = labels.shape[1] - int((labels != IGNORED).any(0).nonzero()[0])

@@ -212,6 +212,7 @@ class Learner:
         with set_stance("force_eager") if self.compile else nullcontext(): return self._fit()  # only training steps run compiled
 
     def _fit(self) -> "Learner":
+        "The stages themselves."
         half = self.keeper.resume() if self.keeper else None  # of a stage
         for tasks in self.method.stages()[self.done:]:
             self._stage(tasks, half)
