@@ -39,8 +39,8 @@ def _each(name: str, values: Sequence, label: str = "{}", **more) -> list[Change
 
 
 ABLATIONS: dict[str, list[Change]] = {
-    "epochs": [*_each("epochs", (1, 2, 5, 10), "{} epochs"), *_each("epochs", (1, 2, 5, 10), "{} epochs", method="hidelora")],
-    "depth": [*_each("blocks", range(1, 7), "{} blocks"), *_each("blocks", range(1, 7), "{} blocks", method="olora")],
+    "epochs": [*_each("epochs", (1, 2, 5, 10), "epochs: {}"), *_each("epochs", (1, 2, 5, 10), "epochs: {}", method="hidelora")],
+    "depth": [*_each("blocks", range(1, 7), "adapted blocks: {}"), *_each("blocks", range(1, 7), "adapted blocks: {}", method="olora")],
     "parts": [Change("no penalty, no search", {"lam": 0.0}), Change("penalty, random search", {"search": "random"}), Change("penalty, LCB search")],
     "lambda": _each("lam", (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 3.0), "lambda={}"),
     "rate": _each("lr", (0.0005, 0.001, 0.003, 0.005, 0.007, 0.01), "alpha={}"),
