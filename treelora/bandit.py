@@ -177,6 +177,7 @@ class LCB(Search):
     ):
         super().__init__(tree, n_layers, seed)
         self.c, self.delta = c, delta * gamma ** self.nodes.depth.double()
+        self.slack = torch.where(self.nodes.arm < 0, self.delta, 0.0)  # leaves have none
 
     def widening(self, t: int) -> float:
         "The part of the width that grows with the rounds."
@@ -196,9 +197,9 @@ class LCB(Search):
 
     def bounds(self, t: int) -> torch.Tensor:  # (L, nodes)
         "LCB of each node (Eq. 2); -infinity where nothing was seen."
-        lcb = self.own(t)
+        lcb = torch.where(self.counts[:, :-1] > 0, self.means[:, :-1] - self.slack - self.widths(t), -math.inf)
         for inner, left, right in self.nodes.inner_levels:  # an unvisited node's children are unvisited: it stays at -inf
-            lcb[:, inner] = torch.maximum(torch.minimum(lcb[:, left], lcb[:, right]), lcb[:, inner] - self.delta[inner])
+            lcb[:, inner] = torch.maximum(torch.minimum(lcb[:, left], lcb[:, right]), lcb[:, inner])
         return lcb
 
     def choose(self, t):
@@ -225,8 +226,7 @@ class TreeLCB(LCB):
 
     def __init__(self, tree, n_layers, seed=0, c: float = 1.0, delta: float = 1.0, gamma: float = 0.5):
         super().__init__(tree, n_layers, seed, c, delta, gamma)
-        slack = torch.where(self.nodes.arm < 0, self.delta, 0.0).numpy()
-        self._slack = np.append(slack, math.inf)  # infinite: padding bounds nothing
+        self._slack = np.append(self.slack.numpy(), math.inf)  # infinite: padding bounds nothing
         self._lines = np.empty((self.counts.numel(), 2))  # intercept and slope of each node's bound
         self._until = np.empty(self.counts.numel())
         self._s = self._seen = -1  # of which moment and of how many observations the lines know
@@ -252,6 +252,11 @@ class TreeLCB(LCB):
         super().rescale(ratio)
         rows = (ratio != 1).nonzero().flatten().numpy()
         if len(rows): self._redo_all(rows)
+
+    @property
+    def _kept(self) -> torch.Tensor:  # (L, nodes + 1)
+        "The bounds at present."
+        return torch.from_numpy(self._lines[:, 0] - self._s * self._lines[:, 1]).view_as(self.counts)
 
     def _advance(self, s: float) -> None:
         "Bring the lines to a moment s."
