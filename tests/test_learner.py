@@ -27,7 +27,7 @@ def tiny_stream(classes=4, per_task=2, size=8, n=12, seed=0):
 
 def tiny_vit(n_classes=4, size=8, chans=1):
     torch.manual_seed(0)
-    return VisionTransformer(img_size=size, patch_size=4, in_chans=chans, num_classes=n_classes, embed_dim=16, depth=2, num_heads=2, mlp_ratio=1.0)
+    return VisionTransformer(img_size=size, patch_size=4, in_chans=chans, num_classes=n_classes, embed_dim=16, depth=5, num_heads=2, mlp_ratio=1.0)
 
 
 def tiny_run(method, stream=None, **kw):

@@ -10,7 +10,7 @@ import pytest
 import treelora
 from treelora.cli import main
 from treelora.figures import caption, figure, load_results, save_all
-from treelora.tables import parts_table, table
+from treelora.tables import contest_table, parts_table, table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = """
@@ -45,8 +45,8 @@ def test_package_data_and_version():
 
 def fake_result(method, seed, op, trees=()):
     R = [[1.0, None], [op, op]]
-    return {"format": 1, "config": {"stream": "split-digits", "scale": "quick", "method": method, "seed": seed, "model": "m", "epochs": 1},
-            "tasks": ["d-0-1", "d-2-3"], "R": R, "scores": {"op": op, "bwt": 1 - op, "average_curve": [1.0, op]}, "seconds": {"train": 2.0 + seed},
+    return {"format": 1, "config": {"stream": "split-digits", "scale": "quick", "method": method, "seed": seed, "model": "m", "epochs": 1, "lr": 0.002},
+            "tasks": ["d-0-1", "d-2-3"], "R": R, "scores": {"op": op, "bwt": 1 - op, "average_curve": [1.0, op]}, "seconds": {"train": 2.0 + seed}, "memory": {"stored_bytes": 3000, "stored": {"signatures": 1000, "adapters": 2000}},
             "samples_per_second": 100.0 + seed, "curves": [{"task": "d-2-3", "samples": [1, 10], "accuracy": [0.5, op]}] * 2,
             "trees": list(trees), "device": "none"}
 
@@ -74,8 +74,12 @@ def test_figures_from_files(results, tmp_path):
 
 def test_table_puts_ours_beside_the_papers(results):
     rows = {r[0]: r for r in table(1, results).rows}
-    assert rows["TreeLoRA"][1] == "88.54 ± 0.05" and rows["TreeLoRA"][-3:] == ["91.00 ± 1.41", "9.00 ± 1.41", "2.50 ± 0.71"]
-    assert rows["GEM"][-3:] == ["–"] * 3
+    assert rows["TreeLoRA"][1] == "88.54 ± 0.05" and rows["TreeLoRA"][-8:-4] == ["91.00 ± 1.41", "9.00 ± 1.41", "2.50 ± 0.71", "3 ± 0"]
+    assert rows["GEM"][-8:] == rows["TreeLoRA"][-4:] * 2 == ["–"] * 8
+    assert [r[-4:] for r in table(1, results, stream="split-digits").rows if r[0] == "TreeLoRA"] == [rows["TreeLoRA"][-8:-4]]
+    assert [r[0] for r in table(11, results).rows] == ["InfLoRA", "TreeLoRA"]  # none that the paper's table lacks
+    best = contest_table(results)
+    assert [r[0] for r in best.rows] == ["treelora", "seqlora"] and best.rows[0][-1] == "adapters, signatures"
     assert [r[0] for r in parts_table(results).rows] == ["seqlora", "treelora"]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SIGNALS', 'PENALTIES', 'INITS', 'INFERENCES', 'VARIANTS', 'Bank', 'FeatureStats', 'route', 'grouped',
-           'Mail', 'TaskInProgress', 'Routed', 'Saved', 'TreeLoRA']
+           'Mail', 'TaskInProgress', 'Routed', 'task_state', 'restore_task', 'Paused', 'Saved', 'TreeLoRA']
 
 # %% ../nbs/core/05_algorithm.ipynb #01905364
 import hashlib, json, math, os
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn
@@ -260,6 +261,7 @@ class TaskInProgress:
     scale: torch.Tensor | None = None  # running maximum of the losses, by which they are scaled
     picks: list = field(default_factory=list)  # arms of each round
     stats: FeatureStats = field(default_factory=FeatureStats)
+    before: torch.Tensor | None = None  # (L, D) the adapter when the task began, for an abort
 
     @property
     def recent(self) -> bool:
@@ -367,8 +369,120 @@ def _read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is damaged: truncated or changed since it was saved; restore it or save anew.")
     return plain, load_tensors(data)
 
+# %% ../nbs/core/05_algorithm.ipynb #c4a50002
+def task_state(
+    tl,  # a `TreeLoRA`, inside a task
+) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
+    "The running task between two steps, complete. Raises ValueError outside a task."
+    now = tl._open()
+    plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch, "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
+             "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)], "search": _numbers_of(now.search)}
+    found = {"adapter": tl._read(), "before": now.before, "total": now.signature.total.matrix, "arms": now.arms, "branch": now.branch, "scale": now.scale,
+             "scatter": now.stats.scatter, "picks": _stack(now.picks), "means": _stack(list(now.stats.means.values())),
+             "norms": _stack([x for x, _ in _waiting(now.norms)]), "losses": _stack([x for x, _ in _waiting(now.losses)]),
+             "losses.arms": _stack([arms for _, arms in _waiting(now.losses)])}
+    if now.signature.start is not None: found["start"] = Rows(tl.layout).load_(now.signature.start).matrix
+    if now.search is not None: found |= {f"search.{k}": x for k, x in _tensors_of(now.search).items()} | {"search.rng": now.search.rng.get_state()}
+    return plain, {k: x.detach().cpu().contiguous().clone() for k, x in found.items() if x is not None}
+
+
+def restore_task(
+    tl,  # a `TreeLoRA`, just inside the same task, with the same bank
+    plain: dict,  # from `task_state`
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    "Make the running task, and the adapter, what they were."
+    now, device = tl._open(), tl.params[0].device
+    signature, stats = now.signature, now.stats
+    now.round, now.rounds, now.epoch, signature.count, signature.recent = (plain[k] for k in ("round", "rounds", "epoch", "count", "recent"))
+    signature.total.matrix.copy_(tensors["total"])
+    if "start" in tensors: signature.start = [x.to(device) for x in tl.layout.views(tensors["start"])]
+    now.before, now.arms, now.picks = tensors["before"], tensors.get("arms"), list(tensors.get("picks", ()))
+    now.scale, now.branch = tensors.get("scale"), tensors["branch"].to(device) if "branch" in tensors else None
+    stats.counts = {tuple(group): n for group, n in plain["groups"]}
+    stats.means, stats.scatter = dict(zip(stats.counts, tensors.get("means", ()))), tensors.get("scatter")
+    now.norms.waiting = [(x, None, t) for x, t in zip(tensors.get("norms", ()), plain["norms"])]
+    now.losses.waiting = [(x, None, arms) for x, arms in zip(tensors.get("losses", ()), tensors.get("losses.arms", ()))]
+    if now.search is not None:
+        for k, x in _tensors_of(now.search).items(): x.copy_(tensors[f"search.{k}"])
+        now.search.rng.set_state(tensors["search.rng"])
+        vars(now.search).update(plain["search"])
+    tl._write(tensors["adapter"])
+
+
+def _tensors_of(search: Search) -> dict[str, torch.Tensor]:
+    "What a search of any kind has counted and keeps ready; arrays of NumPy as tensors on the same memory."
+    arrays = {k: torch.from_numpy(x) for k, x in vars(search).items() if isinstance(x, np.ndarray) and x.flags.writeable}
+    return arrays | {k: x for k, x in vars(search).items() if isinstance(x, torch.Tensor)}
+
+
+def _numbers_of(search: Search | None) -> dict[str, float]:
+    "Its plain numbers."
+    return {} if search is None else {k: x for k, x in vars(search).items() if type(x) in (int, float)}
+
+
+def _stack(tensors: list) -> torch.Tensor | None:
+    "Equal tensors as one, or None if there are none."
+    return torch.stack(tensors) if tensors else None
+
+
+def _waiting(mail: Mail) -> list[tuple]:
+    "What is on its way to the host, looked at but not taken."
+    for _, event, _ in mail.waiting:
+        if event is not None: event.synchronize()
+    return [(tensor, note) for tensor, _, note in mail.waiting]
+
+
+class Paused:
+    "How `TreeLoRA` is put aside between any two steps, and goes on."
+    _paused: tuple | None = None  # a running task that was restored and has not gone on yet
+
+    def state(self) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
+        "Everything, the running task included, between two steps or two tasks; optimiser and data are the loop's own."
+        plain, tensors = self._bank_state()
+        if self._now is not None:
+            plain["task"], running = task_state(self)
+            tensors |= {f"task.{k}": x for k, x in running.items()}
+        if self.last is not None:
+            plain["last"] = {"name": self.last.name, "round": self.last.round}
+            tensors |= {f"last.{k}": x for k, x in (("picks", _stack(self.last.picks)), ("arms", self.last.arms)) if x is not None}
+        return plain, tensors
+
+    def restore(
+        self,
+        plain: dict,  # from `state`
+        tensors: dict[str, torch.Tensor],
+    ) -> None:
+        """Be what `state` described. A task that was running goes on in the next `with tl.task(name)`, which must be of the same name.
+
+        Raises ValueError, and changes nothing, inside a task, for a state of other LoRA layers, and for one with other settings."""
+        if self._now is not None: raise ValueError(f"Task {self._now.name!r} is open; restore a state outside of it.")
+        if plain["layers"] != self.layout.describe():
+            raise ValueError(f"The state is of another model: its LoRA layers are {_summary(plain['layers'])}, this model's are {_summary(self.layout.describe())}.")
+        if changed := [k for k, v in self.config.items() if plain["config"].get(k) != v]:
+            raise ValueError(f"The state was taken with other settings of TreeLoRA ({', '.join(changed)}); make it with the same ones.")
+        self._restore(plain, tensors)
+        part = {name: {k.partition(".")[2]: x for k, x in tensors.items() if k.startswith(name + ".")} for name in ("task", "last")}
+        self._paused = (plain["task"], part["task"]) if "task" in plain else None
+        self.last = _ended(plain["last"], part["last"]) if "last" in plain else None
+
+    @property
+    def paused(self) -> dict | None:
+        "Name, rounds and epoch of a task that was restored and waits to go on."
+        return self._paused and {k: self._paused[0][k] for k in ("name", "rounds", "epoch")}
+
+    def _check_paused(self, name: str) -> None:
+        "Raise ValueError when another task than this one waits to go on."
+        if self._paused is not None and self._paused[0]["name"] != name:
+            raise ValueError(f"This TreeLoRA was restored in the middle of task {self._paused[0]['name']!r}; go on with it before {name!r} begins.")
+
+
+def _ended(plain: dict, tensors: dict[str, torch.Tensor]) -> TaskInProgress:
+    "What is known of the task that was learned last: its rounds and picks, but not its search."
+    return TaskInProgress(plain["name"], None, None, None, None, 0, Mail(False), Mail(False), plain["round"], tensors.get("arms"), picks=list(tensors.get("picks", ())))
+
 # %% ../nbs/core/05_algorithm.ipynb #30ba9545
-class Saved:
+class Saved(Paused):
     "How `TreeLoRA` goes to files and comes back."
 
     def save(
@@ -379,17 +493,22 @@ class Saved:
         if self._now is not None: raise ValueError(f"Task {self._now.name!r} is training; save after it has ended.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tree, tensors = self.tree.state()
-        data = save_tensors({name: x.contiguous() for name, x in (self._tensors() | {f"tree.{k}": v for k, v in tensors.items()}).items()})
+        plain, tensors = self._bank_state()
+        data = save_tensors({name: x.contiguous() for name, x in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
-        plain = {"format": FORMAT, "config": self.config, "layers": self.layout.describe(), "names": self.bank.names,
-                 "slot": self.bank.slot.tolist(), "weight": self.bank.weight, "tree": tree,
-                 "groups": [[list(group), n] for group, n in self.stats.counts.items()],
-                 "tensors": f"bank-{digest[:12]}.safetensors", "sha256": digest}
+        plain |= {"tensors": f"bank-{digest[:12]}.safetensors", "sha256": digest}
         _replace(folder / plain["tensors"], data)
         _replace(folder / "treelora.json", json.dumps(plain, indent=1).encode())
         for old in folder.glob("bank-*.safetensors"):
             if old.name != plain["tensors"]: old.unlink()
+
+    def _bank_state(self) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
+        "Bank, tree and feature statistics, with what they belong to."
+        tree, tensors = self.tree.state()
+        plain = {"format": FORMAT, "config": self.config, "layers": self.layout.describe(), "names": list(self.bank.names),
+                 "slot": self.bank.slot.tolist(), "weight": list(self.bank.weight), "tree": tree,
+                 "groups": [[list(group), n] for group, n in self.stats.counts.items()]}
+        return plain, self._tensors() | {f"tree.{k}": v for k, v in tensors.items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         "Everything but the tree, as tensors."
@@ -561,14 +680,18 @@ class TreeLoRA(Routed, Saved):
         if self._now is not None: raise ValueError(f"Task {self._now.name!r} is still open; end it before {name!r} begins.")
         if name in self.bank: raise ValueError(f"A task {name!r} was learned already; a name is used once.")
         if self.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")
+        self._check_paused(name)
         return self._task(name, rounds, epoch)
 
     @contextmanager
     def _task(self, name: str, rounds: int | None, epoch: int | None) -> Iterator["TreeLoRA"]:
-        before = self._read()
+        paused, self._paused = self._paused, None
+        before = self._read() if paused is None else paused[1]["before"]
         self._now = self._begin(name, rounds, epoch)
+        self._now.before = before
         hook = register_optimizer_step_post_hook(self._after_optimizer) if self.penalty == "prox" else None
         try:
+            if paused is not None: restore_task(self, *paused)
             yield self
             self._end(self._now)
         except BaseException:

@@ -38,15 +38,30 @@ def tune(
     progress: bool = True,
     rates: Sequence[float] = RATES,
     path: str | Path | None = None,  # the file to write; None: where `tuned_rate` looks for this stream
+    missing_only: bool = False,  # leave out methods that the file has already
     **settings,  # of `treelora.learner.run`, e.g. root
 ) -> dict[str, float]:  # method -> learning rate
-    "Choose each method's learning rate on the tuning seed and write the file that `tuned_rate` reads."
-    tried = {m: {str(lr): run(stream, m, scale, TUNING_SEED, lr=lr, progress=progress, **settings).op for lr in rates} for m in methods}
-    best = {m: float(max(row, key=row.get)) for m, row in tried.items()}
+    "Choose each method's learning rate on the tuning seed and write the file that `tuned_rate` reads; other methods' rates in it stay."
     path = Path(path or Path(results) / stream / scale / "tuning.json")
+    tried = json.loads(path.read_text())["op"] if path.exists() else {}
+    for m in methods:
+        if missing_only and m in tried: continue
+        tried[m] = {str(lr): run(stream, m, scale, TUNING_SEED, lr=lr, progress=progress, **settings).op for lr in rates}
+        _write_rates(path, stream, tried)  # at once: tuning that is stopped goes on from here
+    return _best({m: tried[m] for m in methods})
+
+
+def _best(tried: dict[str, dict[str, float]]) -> dict[str, float]:
+    "The learning rate with the highest OP, for each method."
+    return {m: float(max(row, key=row.get)) for m, row in tried.items()}
+
+
+def _write_rates(path: Path, stream: str, tried: dict[str, dict[str, float]]) -> None:
+    "Write what was tried and what was chosen, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"stream": stream, "seed": TUNING_SEED, "op": tried, "lr": best}, indent=1) + "\n")
-    return best
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"stream": stream, "seed": TUNING_SEED, "op": tried, "lr": _best(tried)}, indent=1) + "\n")
+    part.replace(path)
 
 
 def tuned_rate(

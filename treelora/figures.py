@@ -63,11 +63,22 @@ LOOKS = {  # method -> label, colour, marker, line
     "hidelora": ("HiDeLoRA", "#000000", "P", "-."),
     "treelora-routed": ("TreeLoRA, routed", "#CC79A7", "D", "-"),
     "treelora-authors": ("TreeLoRA, authors' code", "#56B4E9", "^", "--"),
+    "gem": ("GEM", "#8C564B", "<", "-"),
+    "ogd": ("OGD", "#17A2B8", ">", "-"),
+    "ewc": ("EWC", "#A0A020", "^", "-"),
+    "l2p": ("L2P", "#F28EB1", "v", "-."),
+    "dualprompt": ("DualPrompt", "#D04FA8", "^", "-."),
+    "hideprompt": ("HiDePrompt", "#6A3D9A", "P", "-."),
+    "inflora": ("InfLoRA", "#B8860B", "d", "--"),
+    "olora": ("O-LoRA", "#7A5C00", "d", "--"),
+    "sapt": ("SAPT", "#5F9E1E", "<", "--"),
+    "tasl": ("TaSL", "#C2185B", ">", "--"),
     "fix": ("six examples", "#E69F00", "<", ":"),
     "joint": ("joint training", "#777777", "", ":"),
     "alone": ("each task alone", "#777777", "", ":"),
 }
-FIRST = ("seqlora", "hidelora", "treelora-plain", "treelora-authors", "treelora", "treelora-routed", "treelora-branch")  # shown where all would be too many
+FIRST = ("seqlora", "gem", "ogd", "ewc", "l2p", "dualprompt", "hideprompt", "hidelora", "inflora", "olora", "sapt", "tasl", "treelora-authors", "treelora",
+         "treelora-branch")  # shown where all would be too many
 CEILINGS = ("joint", "alone")  # drawn as a line across
 
 
@@ -131,13 +142,14 @@ def _figure_1(found: dict) -> Figure:
 # %% ../nbs/figures/50_figures.ipynb #9ee0f57b
 def _figure_4(found: dict) -> Figure:
     "Accuracy over tasks, training time, accuracy against speed."
-    fig = new_figure(figsize=(6.9, 2.5))
+    fig = new_figure(figsize=(6.9, 3.4))
     axes = fig.subplots(1, 3, width_ratios=(1.25, 1, 1))
     shown = [m for m in FIRST if m in found]
     _accuracy_over_tasks(axes[0], found, shown)
     _training_time(axes[1], found, shown)
     _speed(axes[2], found, shown)
     for ax, letter in zip(axes, "abc"): ax.set_title(f"({letter})", loc="left")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, handlelength=2.2)
     return fig
 
 
@@ -150,7 +162,6 @@ def _accuracy_over_tasks(ax: Axes, found: dict, shown: Sequence[str]) -> None:
         ax.axhline(ceiling, color=look(m)["color"], ls=":", lw=1.2, label=look(m)["label"])
     ax.set(xlabel="tasks seen", ylabel=score_name(found), ylim=_limits(found))
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    ax.legend(loc="lower left", handlelength=2.2)
 
 
 def _limits(found: dict) -> tuple[float, float]:
@@ -163,8 +174,8 @@ def _training_time(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     for i, m in enumerate(shown):
         mean, std = over_seeds([r["seconds"]["train"] for r in found[m]])
         ax.barh(i, mean, xerr=std, color=look(m)["color"], height=0.62, error_kw={"lw": 1})
-        ax.text(0.02 * ax.get_xlim()[1], i, look(m)["label"], va="center", color="white" if m != "treelora-plain" else "black", fontsize=7.2)
-    ax.set(xlabel="training time, s", yticks=[])
+    ax.set(xlabel="training time, s")
+    ax.set_yticks(range(len(shown)), [look(m)["label"] for m in shown], fontsize=7)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
 

@@ -7,6 +7,7 @@ __all__ = ['LanguageMethod', 'LanguageAdapterMethod', 'Memo', 'SeqLoRA', 'Alone'
            'TreeLoRAPaperText', 'TreeLoRAAuthorsText', 'TreeLoRARoutedText', 'TreeLoRABranchText']
 
 # %% ../../nbs/methods/23_language.ipynb #021c49ad
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice, repeat
 
@@ -14,7 +15,8 @@ import torch
 from peft import PeftModel
 
 from ..algorithm import VARIANTS
-from ..language import Collator, add_adapters, answer_loss, answer_nll, generate, prompt_features
+from ..checkpoint import write_peft
+from ..language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, generate, prompt_features
 from ..lora import lora_layers
 from .base import Method, register, tensor_bytes
 from .treelora import WithTree
@@ -50,6 +52,8 @@ class LanguageMethod(Method):
         self.model.train()
 
     def loss(self, batch): return answer_loss(self.model, batch)
+
+    def weight(self, batch): return (batch["labels"] != IGNORED).sum()
 
     def predict(self, inputs: Sequence[str], max_answer: int = 64) -> list[str]:
         "Answers to prompts, at most `max_answer` tokens each."
@@ -195,6 +199,18 @@ class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
         super().end_task(batches)
         if self.tl.tree.budget is not None: self.memo = Memo()  # a merge may have changed stored adapters
 
+    def export(self, folder):
+        super().export(folder)
+        merged = self.tl.tree.budget is not None  # then older adapters may have changed
+        for i, name in enumerate(self.tl.bank.names):
+            own = folder / "adapters" / f"{i + 1:03d}-{_as_file(name)}"
+            if merged or not own.exists(): write_peft(self.model, own, self._named(self.tl.bank.adapter(name)))
+
+    def _named(self, adapter: torch.Tensor) -> dict[str, torch.Tensor]:
+        "An (L, D) adapter as the model's parameters, by name."
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        return {names[id(p)]: x for p, x in zip(self.layout.params, self.layout.views(adapter))}
+
     def predict(self, inputs, max_answer=64):
         if self.tl.inference == "latest": return super().predict(inputs, max_answer)
         prompts = {name: x.to(self.device) for name, x in self.collate.prompt(inputs).items()}
@@ -204,6 +220,11 @@ class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
     def _answer_by(self, tasks: torch.Tensor, prompts: list[str], max_answer: int) -> list[str]:
         "Answers of a batch whose rows belong to different tasks."
         with self.tl.serving(tasks): return generate(self.model, self.collate, prompts, max_answer)
+
+
+def _as_file(name: str) -> str:
+    "A task's name as a folder may be called."
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 @register

@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from ..algorithm import VARIANTS, TreeLoRA
-from .base import AdapterMethod, register, tensor_bytes
+from .base import AdapterMethod, n_processes, register, tensor_bytes
 from ..models import features
 
 # %% ../../nbs/methods/22_treelora.ipynb #01071b73
 class WithTree:
     "The hooks of any method, of vision or language, that holds a `TreeLoRA`."
     settings: dict = {}  # of `TreeLoRA`
+    fixed = ("open",)  # the context of the running task; `restore` opens it again
 
     def plant(self, changes: dict) -> None:
         "Make the `TreeLoRA`, with the class's settings and a run's changes."
@@ -27,11 +28,18 @@ class WithTree:
         self.open, self.grown = ExitStack(), []
 
     def begin_task(self, tasks, name, rounds, epoch):
+        if self.tl.signal == "fresh" and n_processes() > 1:
+            raise ValueError('signal="fresh" needs the gradient of the whole batch under another adapter, but each process has a share; use signal="stored" or "loss", or one process.')
         super().begin_task(tasks, name, rounds, epoch)
         self.open.enter_context(self.tl.task(name, rounds, epoch))
 
     def after_backward(self, batch, loss):
-        self.tl.step(loss.detach() if self.tl.penalty == "dot" else lambda: self.probe(batch))
+        self.tl.step(loss.detach() if self.tl.penalty == "dot" else lambda: self._probed(batch))
+
+    def _probed(self, batch) -> torch.Tensor:
+        "The probe's loss: of the whole batch, when several processes have a share each."
+        if self.tl.signal == "fresh": return self.probe(batch)
+        return self.mean(self.probe(batch), batch)
 
     def probe(self, batch) -> torch.Tensor:
         "The loss by which the signals `fresh` and `loss` judge an earlier adapter."
@@ -42,6 +50,14 @@ class WithTree:
         self.grown.append({"after": self.tl.bank.names[-1], "newick": self.tl.tree.newick(),
                            "groups": [[sorted(g) for g in self.tl.tree.groups(d)] for d in range(self.tl.tree.limit + 1)]})
         super().end_task(batches)
+
+    def restore(self, state):
+        super().restore(state)
+        if running := self.tl.paused: self.open.enter_context(self.tl.task(running["name"], running["rounds"], running["epoch"]))
+
+    def export(self, folder):
+        super().export(folder)
+        self.tl.save(folder / "tree")
 
     def abort_task(self):
         try: self.open.__exit__(InterruptedError, InterruptedError("the task was interrupted"), None)

@@ -1,0 +1,43 @@
+"The contest: what is there stays, what is missing is tuned and run, at both budgets."
+import json
+
+import pytest
+import torch
+
+from treelora.cli import main
+from treelora.contenders import CONTENDERS, contend
+from treelora.streams import TaskStream, register_stream
+
+
+def tiny_stream(scale, seed, root):
+    "Four classes of bright squares in different corners."
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat(8)
+    images = torch.rand(32, 1, 16, 16, generator=g) * 0.2
+    for image, c in zip(images, labels.tolist()): image[0, 8 * (c // 2):8 * (c // 2) + 8, 8 * (c % 2):8 * (c % 2) + 8] += 0.8
+    return TaskStream.from_arrays("tiny-squares", images, labels, images[:8], labels[:8], classes_per_task=2, seed=seed, class_order=range(4))
+
+
+register_stream("tiny-squares", ["quick"], tiny_stream)
+
+
+def test_runs_what_is_missing(tmp_path, capsys):
+    ask = dict(stream="tiny-squares", methods=["seqlora"], seeds=[0], results=tmp_path, progress=False)
+    paths = contend(**ask)
+    folder = tmp_path / "tiny-squares" / "quick"
+    assert paths == [folder / "seqlora-seed0.json", folder / "one-epoch" / "seqlora-seed0.json"]
+    rates = [json.loads((p.parent / "tuning.json").read_text())["lr"]["seqlora"] for p in paths]
+    assert [json.loads(p.read_text())["config"]["lr"] for p in paths] == rates
+    assert [json.loads(p.read_text())["config"]["epochs"] for p in paths] == [5, 1]
+    times = [p.stat().st_mtime_ns for p in (*paths, folder / "tuning.json")]
+    contend(**ask)
+    assert [p.stat().st_mtime_ns for p in (*paths, folder / "tuning.json")] == times
+    paths[1].unlink()  # as if it had been stopped before
+    assert main(["compare", "--stream", "tiny-squares", "--methods", "seqlora", "--seeds", "0", "--results", str(tmp_path), "--quiet"]) == 0
+    assert paths[1].exists() and "seqlora" in capsys.readouterr().out
+
+
+def test_methods_of_the_other_kind():
+    with pytest.raises(ValueError, match="ogd is not among the contenders for vision"): contend(methods=["ogd"], progress=False)
+    assert main(["compare", "--methods", "fix", "--quiet"]) == 2
+    assert not set(CONTENDERS["vision"]) - set(CONTENDERS["language"]) - {"hideprompt", "inflora", "joint"}
