@@ -1,10 +1,12 @@
 "What makes it fast must not change what it computes: the search against a full computation, the bank's growth, many tasks at once."
-import math
+import errno, hashlib, math, os, resource
+from pathlib import Path
 
 import pytest
 import torch
 
 from treelora.algorithm import Bank, TreeLoRA
+from treelora.bench import _adapters
 from treelora.bandit import LCB, TreeLCB, SearchTree
 from treelora.lora import lora_layers
 from treelora.signature import Layout, groups
@@ -87,3 +89,114 @@ def test_groups_of_any_size_give_the_same_step(make_net):
                         for p in tl.params: p -= 0.1 * p.grad
         return tl.bank.adapters, torch.stack(tl.last.picks)
     for a, b in zip(run(1), run(10 ** 6)): assert torch.equal(a, b)
+
+
+def train(tl, names, steps=4, seed=0):
+    for k, name in enumerate(names):
+        g = torch.Generator().manual_seed(seed + k)
+        with tl.task(name):
+            for _ in range(steps):
+                for p in tl.params: p.grad = torch.randn(p.shape, generator=g)
+                tl.step()
+                with torch.no_grad():
+                    for p in tl.params: p -= 0.1 * p.grad
+    return tl
+
+
+def equal(a, b):
+    return (torch.equal(a.bank.adapters, b.bank.adapters) and torch.equal(a.bank.signatures, b.bank.signatures) and a.tree.newick() == b.tree.newick()
+            and torch.equal(torch.stack(a.last.picks), torch.stack(b.last.picks)))
+
+
+def mapped_from(x):
+    "The file that a tensor's memory is a map of; empty for ordinary memory."
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(v, 16) for v in line.split()[0].split("-"))
+        if start <= x.data_ptr() < end: return " ".join(line.split()[5:])
+
+
+def own_memory():
+    "Bytes of this process that are not pages of a file."
+    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at Linux's table of maps")
+
+
+@pytest.mark.parametrize("budget, root", [(None, "input"), (None, "output"), (3, "input")])
+def test_a_bank_in_files_gives_the_same_run(tmp_path, make_net, budget, root):
+    names = [f"task {k}" for k in range(7)]
+    plain, filed = (train(TreeLoRA(make_net(), budget=budget, root=root, bank_folder=folder), names) for folder in (None, tmp_path))
+    assert equal(plain, filed) and not list(tmp_path.iterdir())
+    filed.save(tmp_path / "s")
+    for folder in (None, tmp_path):
+        again = train(TreeLoRA.load(tmp_path / "s", make_net(), bank_folder=folder), ["new", "newer"], seed=50)
+        assert equal(again, train(TreeLoRA.load(tmp_path / "s", make_net()), ["new", "newer"], seed=50))
+    assert equal(again, train(plain, ["new", "newer"], seed=50))
+
+
+@linux
+def test_a_loaded_bank_is_read_when_it_is_looked_at_and_copied_when_it_grows(tmp_path):
+    tl = TreeLoRA(_adapters(8, 16384))
+    for k in range(16): tl.bank.add(f"task {k}", torch.randn(8, 16384), torch.randn(8, 16384))
+    tl.tree.extend(tl.bank.names, [[row[:2] for row in s] for s in tl.bank.signatures])
+    tl.save(tmp_path)
+    size, wanted = tl.bank.stored_bytes, tl.bank.adapters[3].clone()  # 16 MiB
+    model = _adapters(8, 16384)
+    before = own_memory()
+    again = TreeLoRA.load(tmp_path, model)
+    assert own_memory() - before < size / 4
+    file = next(tmp_path.glob("bank-*.safetensors"))
+    assert {mapped_from(x) for x in (again.bank.adapters, again.bank.signatures)} == {str(file)}
+    assert torch.equal(again.bank.adapter("task 3"), wanted)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    again.bank.merge("task 0", "task 1")  # on write, a map is copied
+    for name in ("in the merged one's room", "in new room"): again.bank.add(name, torch.ones(8, 16384), torch.ones(8, 16384))
+    assert mapped_from(again.bank.adapters) == "" and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
+@linux
+def test_a_bank_in_files_takes_no_memory_of_its_own(tmp_path):
+    bank, rows = Bank(Layout(lora_layers(_adapters(4, 16384))), tmp_path), torch.randn(4, 16384)
+    before = own_memory()
+    for k in range(40): bank.add(f"task {k}", rows, rows)
+    assert own_memory() - before < bank.stored_bytes / 4 and "deleted" in mapped_from(bank.adapters)
+    assert (bank.adapters == rows).all()
+
+
+def test_a_full_disk_is_an_error_and_the_bank_stays(tmp_path, make_net):
+    tl = train(TreeLoRA(make_net(), bank_folder=tmp_path), "abcd")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 4 * tl.layout.n_layers * tl.layout.width, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be kept in .* choose another bank_folder"): train(tl, "e", seed=4)
+        with pytest.raises(OSError, match="could not be written .* choose another folder"): tl.save(tmp_path / "s")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert tl.bank.names == list("abcd") and tl.tree.tasks == list("abcd") and not list(tmp_path.rglob("*.*"))
+    assert equal(train(tl, "e", seed=4), train(train(TreeLoRA(make_net()), "abcd"), "e", seed=4))
+
+
+def test_a_disk_without_room_for_pages_is_an_error(tmp_path, make_net, monkeypatch):
+    tl = train(TreeLoRA(make_net(), bank_folder=tmp_path), "ab")
+    def full(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    file = tl.bank._blocks["signatures"].file
+    monkeypatch.setattr(tl.bank._blocks["signatures"], "file", type("Full", (), {"seek": file.seek, "write": staticmethod(full)}))
+    with pytest.raises(OSError, match="No space left"): train(tl, "c", seed=2)
+    monkeypatch.undo()
+    assert equal(train(tl, "c", seed=2), train(train(TreeLoRA(make_net()), "ab"), "c", seed=2))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, make_net):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot be kept in .*file"): TreeLoRA(make_net(), bank_folder=tmp_path / "file")
+    with pytest.raises(OSError, match="could not be written"): train(TreeLoRA(make_net()), "a").save(tmp_path / "file" / "s")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_signature_that_the_tree_refuses_leaves_the_bank_alone(make_net):
+    tl = train(TreeLoRA(make_net()), "ab")
+    with pytest.raises(ValueError, match="NaN or infinite"), tl.task("c"):
+        for p in tl.params: p.grad = torch.zeros_like(p)
+        tl.step()
+        tl._now.signature.total.matrix[0, 0] = math.inf
+    assert tl.bank.names == tl.tree.tasks == list("ab") and len(tl.bank.adapters) == 2
