@@ -152,7 +152,7 @@ def test_a_loaded_bank_is_read_when_it_is_looked_at_and_copied_when_it_grows(tmp
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     again.bank.merge("task 0", "task 1")  # on write, a map is copied
     for name in ("in the merged one's room", "in new room"): again.bank.add(name, torch.ones(8, 16384), torch.ones(8, 16384))
-    assert mapped_from(again.bank.adapters) == "" and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+    assert not mapped_from(again.bank.adapters).startswith("/") and hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
 
 @linux
