@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from treelora.algorithm import Bank, TreeLoRA
+from treelora import algorithm
+from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
 from treelora.bench import _adapters
 from treelora.bandit import LCB, TreeLCB, SearchTree
 from treelora.lora import lora_layers
-from treelora.signature import Layout, groups
+from treelora.signature import Layout, Rows, groups
 from treelora.tree import TaskTree
 
 
@@ -200,3 +202,149 @@ def test_a_signature_that_the_tree_refuses_leaves_the_bank_alone(make_net):
         tl.step()
         tl._now.signature.total.matrix[0, 0] = math.inf
     assert tl.bank.names == tl.tree.tasks == list("ab") and len(tl.bank.adapters) == 2
+
+
+def test_a_cache_of_rows_is_least_recently_used_and_changes_nothing(make_net):
+    bank, g = Bank(Layout(lora_layers(make_net()))), torch.Generator().manual_seed(0)
+    for k in range(9): bank.add(f"task {k}", torch.randn(2, 28, generator=g), torch.randn(2, 28, generator=g))
+    cache, out, used = Cache(bank.layout, 3, "cpu"), torch.empty(2, 28), [[], []]
+    for _ in range(200):
+        arms = torch.randint(0, 9, (2,), generator=g)
+        rows = bank.rows_of(arms)
+        here = [row in held for row, held in zip(rows.tolist(), cache.held.tolist())]
+        assert here == [k in order[-3:] for k, order in zip(arms.tolist(), used)]
+        assert torch.equal(cache.fetch(bank, rows, slice(0, 2), out), bank.gather(bank.adapters, arms, torch.empty(2, 28)))
+        used = [[x for x in order if x != k] + [k] for k, order in zip(arms.tolist(), used)]
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 3}, {"penalty": "prox"}, {"signal": "fresh"}, {"signal": "loss", "init": "branch", "penalty": "prox"}])
+def test_runs_with_a_cache_are_equal(make_net, options):
+    def run(cache):
+        tl = TreeLoRA(make_net(), lam=0.1, cache=cache, **options)
+        for name in "abcdef":
+            g, opt = torch.Generator().manual_seed(ord(name)), torch.optim.SGD(tl.params, 0.1)
+            with tl.task(name):
+                for _ in range(12):
+                    x, y = torch.randn(8, 6, generator=g), torch.randint(0, 2, (8,), generator=g)
+                    loss = lambda: cross_entropy(tl.model(x), y)
+                    loss().backward(), tl.step(loss), opt.step(), opt.zero_grad()
+        return tl
+    plain = run(0)
+    assert plain._cache is None and all(equal(plain, run(cache)) for cache in (1, 2, 7))
+
+
+ON_THE_HOST = {"model", "params", "layout", "bank", "tree", "stats", "initial", "before", "picks", "arms", "scale", "search", "last", "_device"}
+
+
+def on_the_device(x, found=None):
+    "Bytes of all tensors that can be reached from a value, less the model's and those that live on the host by design."
+    found = {} if found is None else found
+    if isinstance(x, torch.Tensor): found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    elif isinstance(x, dict): [on_the_device(v, found) for v in x.values()]
+    elif isinstance(x, (list, tuple)): [on_the_device(v, found) for v in x]
+    elif type(x).__module__.startswith("treelora."): on_the_device({k: v for k, v in vars(x).items() if k not in ON_THE_HOST}, found)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("form", ["paper", "branch"])
+def test_device_memory_is_below_three_adapters_however_many_tasks(form):
+    def most(n_tasks):
+        tl, seen = TreeLoRA.variant(form, _adapters(16, 16384), cache=1), []
+        adapter = sum(p.numel() * p.element_size() for p in tl.params)
+        for k in range(n_tasks): tl.bank.add(f"task {k}", torch.randn(16, 16384), torch.randn(16, 16384))
+        tl.tree.extend(tl.bank.names, [[row[:2] for row in s] for s in tl.bank.signatures])
+        train_one = lambda i: (seen.append(on_the_device(tl) / adapter), sum(p.square().sum() for p in tl.params) * 1e-3 * (1 + i))[1]
+        tl._tree_rows = lambda signature: [row[:2] for row in signature]
+        for name in ("first", "second"):
+            with tl.task(name):
+                opt = torch.optim.SGD(tl.params, 0.1)
+                while form == "branch" and tl.look(train_one): pass
+                for i in range(4): train_one(i).backward(), tl.step(), opt.step(), opt.zero_grad(), seen.append(on_the_device(tl) / adapter)
+        return max(seen)
+    few, many = most(2), most(40)
+    assert 2 <= few == many < 3
+
+
+def test_a_cache_that_does_not_fit_is_left_out_and_said(make_net, monkeypatch):
+    plain = train(TreeLoRA(make_net()), "abc")
+    monkeypatch.setattr(algorithm, "_free_memory", lambda device: 100)
+    with pytest.warns(UserWarning, match="cache of 2 adapters .* does not fit .* without one"): small = train(TreeLoRA(make_net(), cache=2), "abc")
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="does not fit"): huge = train(TreeLoRA(make_net(), cache=10 ** 12), "abc")
+    assert equal(plain, small) and equal(plain, huge) and small._cache is huge._cache is None
+
+
+@pytest.mark.parametrize("kwargs, words", [({"cache": 0.5}, "cache=0.5 must be a whole number"), ({"cache": -1}, "cache=-1"), ({"budget": 0}, "budget=0 must be at least 1")])
+def test_sizes_below_one_adapter_are_refused(make_net, kwargs, words):
+    with pytest.raises(ValueError, match=words): TreeLoRA(make_net(), **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"relative": True}, {"penalty": "prox"}, {"penalty": "dot"}, {"signature": "update"}, {"signature": "weight"}, {"top_fraction": 0.5},
+                                     {"signal": "loss", "init": "branch", "penalty": "prox"}, {"signal": "fresh"}])
+def test_adapters_in_bfloat16_train_and_come_back(tmp_path, make_net, options):
+    tl = TreeLoRA(make_net().bfloat16(), lam=0.1, **options)
+    for name in "abc":
+        g, opt = torch.Generator().manual_seed(ord(name)), torch.optim.SGD(tl.params, 0.1)
+        with tl.task(name):
+            for _ in range(8):
+                x, y = torch.randn(8, 6, generator=g).bfloat16(), torch.randint(0, 2, (8,), generator=g)
+                loss = lambda: cross_entropy(tl.model(x), y)
+                value = loss()
+                value.backward(), tl.step(value.detach() if tl.penalty == "dot" else loss), opt.step(), opt.zero_grad()
+    assert tl.bank.adapters.dtype == tl.bank.signatures.dtype == torch.float32 and tl.params[0].dtype == torch.bfloat16
+    assert torch.equal(tl.bank.adapter("c"), tl._read())
+    tl.save(tmp_path)
+    again = TreeLoRA.load(tmp_path, make_net(seed=5).bfloat16())
+    assert all(torch.equal(p, q) for p, q in zip(again.params, tl.params)) and torch.equal(again.bank.signatures, tl.bank.signatures)
+
+
+def test_the_pull_on_bfloat16_has_float32s_direction(make_net):
+    def pull(dtype):
+        tl = TreeLoRA(make_net().to(dtype), lam=0.5)
+        g = torch.Generator().manual_seed(0)
+        for name in "ab":
+            with tl.task(name):
+                for p in tl.params: p.data = torch.randn(p.shape, generator=g).bfloat16().to(dtype)
+                for p in tl.params: p.grad = torch.randn(p.shape, generator=g).bfloat16().to(dtype)
+                tl.step()
+        with tl.task("c"):
+            for p in tl.params: p.data, p.grad = torch.randn(p.shape, generator=g).bfloat16().to(dtype), torch.zeros_like(p)
+            tl.step()
+            return torch.cat([p.grad.flatten() for p in tl.params]).float(), tl._now.arms
+    (a, arms), (b, same) = pull(torch.float32), pull(torch.bfloat16)
+    assert torch.equal(a, b) and torch.equal(arms, same) and a.abs().unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("options", [{}, {"signal": "loss", "init": "branch", "penalty": "prox"}])
+def test_a_compiled_model_trains_alike(make_net, backend, options):
+    def run(compiled):
+        tl = TreeLoRA(make_net(), lam=0.1, **options)
+        model = torch.compile(tl.model, backend=backend, fullgraph=True) if compiled else tl.model
+        for name in "abc":
+            g, opt = torch.Generator().manual_seed(ord(name)), torch.optim.Adam(tl.params, 0.02)
+            with tl.task(name):
+                for _ in range(8):
+                    x, y = torch.randn(8, 6, generator=g), torch.randint(0, 2, (8,), generator=g)
+                    loss = lambda: cross_entropy(model(x), y)
+                    loss().backward(), tl.step(loss), opt.step(), opt.zero_grad()
+        return tl
+    plain, compiled = run(False), run(True)
+    assert torch.allclose(plain.bank.adapters, compiled.bank.adapters, atol=1e-5) and plain.tree.newick() == compiled.tree.newick()
+
+
+def test_the_arithmetic_of_a_step_is_one_graph(make_net):
+    layout, g = Layout(lora_layers(make_net())), torch.Generator().manual_seed(0)
+    grads, values = ([torch.randn(p.shape, generator=g) for p in layout.params] for _ in range(2))
+    def arithmetic(total, rows, scratch, views, grads, values):
+        torch._foreach_add_(total.views, grads)
+        away = torch.sub(total.matrix, rows, alpha=3, out=scratch).abs_().sum(1) / 3
+        scratch.copy_(rows)
+        _pull_group(grads, values, scratch, views, 0.1, None)
+        return away
+    def run(f):
+        total, rows = Rows(layout), torch.randn(2, 28, generator=torch.Generator().manual_seed(1))
+        (group,), own = groups(layout), [x.clone() for x in grads]
+        return f(total, rows, group.scratch, group.views, own, values), total.matrix, own
+    plain, compiled = run(arithmetic), run(torch.compile(arithmetic, backend="eager", fullgraph=True))
+    assert torch.equal(plain[0], compiled[0]) and torch.equal(plain[1], compiled[1]) and all(map(torch.equal, plain[2], compiled[2]))

@@ -10,6 +10,7 @@ __all__ = ['SIGNATURES', 'Layout', 'Rows', 'Group', 'groups', 'Signature', 'Grad
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -122,7 +123,12 @@ class Signature:
         layout: Layout,  # of the adapters
         device: torch.device | str = "cpu",
     ):
-        self.total, self.count, self.start = Rows(layout, device), 0, None
+        self.layout, self.device, self.count, self.start = layout, device, 0, None
+
+    @cached_property
+    def total(self) -> Rows:
+        "Sums of what was observed; they take no memory before the first round."
+        return Rows(self.layout, self.device)
 
     def begin(self, params: Sequence[torch.Tensor]) -> None:
         "Called once, when the task starts, with the adapter as it is then."
@@ -158,7 +164,7 @@ class UpdateSignature(Signature):
     def begin(self, params): self.start = [p.detach().clone() for p in params]
 
     def observe(self, params, grads, recent):
-        self.total.load_(torch._foreach_sub(list(params), self.start))
+        torch._foreach_sub_(self.total.load_(params).views, self.start)
         self.count = 1
 
 
@@ -166,13 +172,13 @@ class WeightSignature(Signature):
     "`weight`: running mean of the A matrices over the last epoch."
     def __init__(self, layout, device="cpu"):
         super().__init__(layout, device)
-        self.recent, self.A = False, self.total.views[::2]
+        self.recent = False
 
     def observe(self, params, grads, recent):
         if recent and not self.recent:  # the last epoch begins: forget the earlier ones
             self.recent, self.count = True, 0
             self.total.matrix.zero_()
-        torch._foreach_add_(self.A, list(params[::2]))
+        torch._foreach_add_(self.total.views[::2], list(params[::2]))
         self.count += 1
 
 # %% ../nbs/core/01_signature.ipynb #053933ec
