@@ -894,6 +894,7 @@ class TreeLoRA(Routed, Saved):
         late = self.params[0].device.type == "cuda"
         return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late))
 
+    @torch.no_grad()
     def step(
         self,
         loss: Callable[[], torch.Tensor] | torch.Tensor | float | None = None,
@@ -958,8 +959,7 @@ class TreeLoRA(Routed, Saved):
     def _record(self, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
         "Count the round and take the gradient into the signature."
         now.round += 1
-        if not now.searching:
-            now.signature.observe(self._values(), grads, now.recent)
+        if not now.searching: now.signature.observe(self.params, grads, now.recent)
 
     def _observe(self, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, torch.Tensor]:
         "The arms of this round and what was seen of them; the arms are kept once a branch is found."
@@ -1028,7 +1028,7 @@ class TreeLoRA(Routed, Saved):
         largest = losses if losses.dim() == 1 else losses.amax(1)
         old = now.scale if now.scale is not None else largest
         now.scale = torch.maximum(old, largest).clamp(min=1e-30)
-        now.search.rescale(old / now.scale)
+        if not torch.equal(old, now.scale): now.search.rescale(old / now.scale)
         if losses.dim() == 1: now.search.update(arms, losses / now.scale)
         else: now.search.update_all(losses / now.scale[:, None])
 
@@ -1053,9 +1053,9 @@ class TreeLoRA(Routed, Saved):
 
     def _pull_l1(self, now: TaskInProgress, grads: list[torch.Tensor], norms: torch.Tensor) -> None:
         "Add lambda times the sign of the distance to the branch (Eq. 3), group by group."
-        values, lam = self._values(), self._strength(now)
+        lam = self._strength(now)
         unit = self._mean_gradients(norms) if self.relative else None
-        for g in self._stored(now.arms): _pull_group(grads[g.params], values[g.params], g.scratch, g.views, lam, None if unit is None else unit[g.layers])
+        for g in self._stored(now.arms): _pull_group(grads[g.params], self.params[g.params], g.scratch, g.views, lam, None if unit is None else unit[g.layers])
 
     def _mean_gradients(self, norms: torch.Tensor) -> torch.Tensor:  # (L, 1)
         "Each layer's mean absolute gradient, from the L1 norms of its A and B."

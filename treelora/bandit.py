@@ -292,8 +292,9 @@ class TreeLCB(LCB):
         below = value[1:] <= other
         low = np.where(below, a[1:], aside[0]), np.where(below, w[1:], aside[1])
         until = np.full_like(value, math.inf)
-        until[:-1] = np.minimum(_crossing(a[1:], w[1:], *aside, s), _crossing(*low, own[0][:-1], own[1][:-1], s))
-        until[:-1] = np.minimum(until[:-1], self._until[beside])
+        pairs = zip((a[1:], w[1:], *aside), (*low, own[0][:-1], own[1][:-1]))  # the two children, the lower of them and the node itself
+        crossings = _crossing(*(np.concatenate(pair) for pair in pairs), s)
+        until[:-1] = np.minimum(np.minimum(crossings[:len(below)], crossings[len(below):]), self._until[beside])
         self._lines[at, 0], self._lines[at, 1] = a, w
         self._until[at] = np.minimum.accumulate(until[::-1], axis=0)[::-1]
 
