@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 
 from treelora import algorithm
 from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
+from treelora.bandit import LCB, SearchTree, TreeLCB, get_search
 from treelora.bench import Report, _adapters, bench_training
 from treelora.cli import main
-from treelora.bandit import LCB, TreeLCB, SearchTree
 from treelora.lora import lora_layers
 from treelora.signature import Layout, Rows, groups
 from treelora.tree import TaskTree
@@ -35,6 +35,11 @@ def test_lines_choose_as_a_full_computation(n, c, delta):
         for search in (fast, full):
             search.rescale(old / largest)
             search.update(arms, losses / largest)
+
+
+@pytest.mark.parametrize("n, kind", [(64, LCB), (65, TreeLCB)])
+def test_a_search_by_name_takes_the_faster_way(n, kind):
+    assert type(get_search("tree-lcb", random_tree(n), 3, c=0.2)) is kind
 
 
 def test_tables_set_from_outside_and_earlier_rounds_are_noticed():
