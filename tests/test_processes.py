@@ -14,9 +14,9 @@ from treelora.learner import Shares
 
 HERE = Path(__file__).parent
 
-def launch(case, out, processes=2, check=True, **settings):
-    "Run a case of process_runs.py under torch's launcher."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(HERE / "process_runs.py"), case, str(out), json.dumps(settings)]
+def launch(case, out, processes=2, check=True, look_every=0.1, **settings):
+    "Run a case of process_runs.py under torch's launcher, which looks every so many seconds whether all processes live."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor_interval", str(look_every), "--nproc_per_node", str(processes), str(HERE / "process_runs.py"), case, str(out), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if check: assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -42,7 +42,7 @@ def test_two_processes_take_the_steps_of_one(case, tmp_path):
 
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(tmp_path):
     kept = dict(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=2)
-    died = launch("vision", tmp_path / "out", check=False, die=[1, 4], **kept)
+    died = launch("vision", tmp_path / "out", check=False, look_every=5, die=[1, 4], **kept)  # time for the other process to say what it saw
     assert died.returncode != 0 and not (tmp_path / "out").exists()
     assert "ConnectionError: Process 0 of 2 lost contact with another one, which has probably died, in stage 2 of 3; its checkpoints are in" in died.stderr and "--resume" in died.stderr
     launch("vision", tmp_path / "out", resume=True, **kept)

@@ -93,7 +93,10 @@ def _add_others(commands) -> None:
     commands.add_parser("streams", help="list the streams of tasks").set_defaults(act=_streams)
     commands.add_parser("methods", help="list the methods").set_defaults(act=_methods)
     p = commands.add_parser("bench", help="measure the step and the search on this machine")
-    p.add_argument("--out", type=Path, help="write the numbers as JSON")
+    p.add_argument("what", nargs="?", choices=("all", "scale"), default="all", help="scale: the curve from 8 to 16,384 tasks, drawn into --figures")
+    p.add_argument("--figures", type=Path, default=Path("figures"))
+    p.add_argument("--out", type=Path, help="write the numbers as JSON; for scale, the folder of scale.json (default results/bench)")
+    p.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     p.set_defaults(act=_bench)
     p = commands.add_parser("pretrain", help="make the backbone's weights again")
     p.add_argument("--model", default="glyph-vit", help="glyph-vit (quick) or vit-small-64 (small; wants --root)")
@@ -180,8 +183,9 @@ def _methods(args) -> None:
 
 
 def _bench(args) -> None:
-    from treelora.bench import bench
-    print(bench(args.out))
+    from treelora.bench import bench, run_scale
+    if args.what == "scale": print(*run_scale(args.out or Path("results/bench"), args.figures, args.quick), sep="\n")
+    else: print(bench(args.out, args.quick))
 
 
 def _pretrain(args) -> None:
