@@ -19,9 +19,11 @@ from torch import nn
 
 from .algorithm import TreeLoRA
 from .checkpoint import replace_file
-from .experiments import result_path, tuned_rate
+from .experiments import tuned_rate
+from .experiments_llm import fast_precision
 from .figures import look, new_figure, style
 from .learner import compile_blocks, run, where
+from .streams import get_stream
 
 # %% ../nbs/experiments/45_training_time.ipynb #eef139f5
 SAVINGS = {  # name -> settings of `treelora.learner.run`, for images and texts
@@ -44,7 +46,6 @@ RIVALS: dict[str, list[Row]] = {"vision": [("seqlora", ()), ("hidelora", ())], "
 
 def measure_time(
     stream: str = "split-digits",
-    kind: str = "vision",  # of the stream
     seeds: Sequence[int] = (0, 1, 2),
     results: str | Path = "results",
     plan: Sequence[tuple[str, Sequence[str]]] | None = None,  # methods and their savings; None: that of the kind
@@ -53,7 +54,8 @@ def measure_time(
     **settings,  # of `treelora.learner.run`
 ) -> Path:  # the file
     "Run the plan, seeds outermost, in one process, so that all times are of the same machine; what is in the file already is kept."
-    path = Path(results) / stream / "time.json"
+    path, kind = Path(results) / stream / "time.json", get_stream(stream, "quick", root=settings.get("root")).kind
+    if kind == "language": settings = {"precision": fast_precision()} | settings
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(r["method"], tuple(r["savings"]), r["seed"]) for r in rows}
     for seed in seeds:
