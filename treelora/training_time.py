@@ -29,7 +29,7 @@ from .streams import get_stream
 SAVINGS = {  # name -> settings of `treelora.learner.run`, for images and texts
     "vision": {"last blocks": dict(place="last", blocks=2), "ahead": dict(ahead=True), "stop": dict(stop_loss=0.15), "fewer epochs": dict(epochs=1),
                "bf16": dict(precision="bf16"), "compiled": dict(compile=True)},
-    "language": {"last blocks": dict(layers=20), "ahead": dict(ahead=True), "stop": dict(stop_loss=3.2), "fewer epochs": dict(epochs=1), "compiled": dict(compile=True),
+    "language": {"last blocks": dict(layers=20), "ahead": dict(ahead=True), "stop": dict(stop_loss=3.2), "fewer epochs": dict(epochs=1),
                  "paper's epochs": dict(epochs=5)},
 }
 SHORT = {"vision": "quick/one-epoch", "language": "quick/half"}  # whose learning rates were tuned for fewer epochs
@@ -37,8 +37,8 @@ CHAIN = (("last blocks",), ("last blocks", "ahead"), ("last blocks", "ahead", "s
 PLANS = {  # (method, savings), in the order in which they are run
     "vision": [*((m, ()) for m in ("seqlora", "hidelora", "treelora", "treelora-branch")), *(("treelora", s) for s in CHAIN), *(("treelora-branch", s) for s in CHAIN),
                *(("treelora", (s,)) for s in ("stop", "fewer epochs", "bf16", "compiled")), *((m, CHAIN[-1]) for m in ("hidelora", "seqlora"))],
-    "language": [*((m, ()) for m in ("seqlora", "hidelora", "olora", "treelora-branch")), *(("treelora-branch", s) for s in (("fewer epochs",), ("stop",), CHAIN[1], ("compiled",))),
-                 *((m, ("fewer epochs",)) for m in ("hidelora", "olora")), *((m, ("paper's epochs",)) for m in ("hidelora", "olora"))],
+    "language": [*((m, ()) for m in ("seqlora", "hidelora", "olora", "treelora-branch")), ("treelora-branch", ("fewer epochs",)), ("treelora-branch", ("stop",)),
+                 *((m, ("fewer epochs",)) for m in ("hidelora", "olora")), ("treelora-branch", CHAIN[1]), *((m, ("paper's epochs",)) for m in ("hidelora", "olora"))],
 }
 Row = tuple[str, tuple[str, ...]]  # a method and its savings
 RIVALS: dict[str, list[Row]] = {"vision": [("seqlora", ()), ("hidelora", ())], "language": [("hidelora", ()), ("olora", ()), ("hidelora", ("paper's epochs",)), ("olora", ("paper's epochs",))]}
