@@ -403,8 +403,8 @@ def _saved_kinship(run: dict) -> Callable[[str, str], int]:
 def c10(evidence: Evidence) -> Finding:
     """On six languages, whose families are known: the share of triples on which the last tree of a run has the same closest pair as the family tree (chance: a third). Holds when it is two thirds or more for the
     tree of the paper's form (`l1` cuts, from the input); partly when only for this project's (`axis` cuts, from the output)."""
-    from treelora.experiments_llm import agreement, family_kinship  # here: the other rules need no models
     runs = evidence.runs(TEXT)
+    from treelora.experiments_llm import agreement, family_kinship  # here: the other rules need no models
     agreed = {m: {s: agreement(_saved_kinship(r), family_kinship, r["tasks"]) for s, r in runs[m].items() if r["trees"]} for m in ("treelora", "treelora-branch") if m in runs}
     agreed = {m: row for m, row in agreed.items() if len(row) >= ENOUGH}
     if "treelora" not in agreed: raise Missing(f"treelora figures --run missing --stream {TEXT}")
