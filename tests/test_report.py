@@ -197,7 +197,7 @@ def test_c7_takes_penalty_and_search_apart(tmp_path, random, lcb, verdict):
 
 @pytest.mark.parametrize("levels, verdict", [((0.6, 0.7, 0.8), HOLDS), ((0.6, 0.8, 0.7), PARTLY), ((0.7, 0.8, 0.6), FAILS)])
 def test_c9_wants_each_step_up(tmp_path, levels, verdict):
-    ablation(tmp_path, "depth", {f"{n} blocks": x for n, x in zip((1, 2, 10), levels)})
+    ablation(tmp_path, "depth", {f"adapted blocks: {n}": x for n, x in zip((1, 2, 10), levels)})
     assert one("C9", tmp_path).verdict == verdict
 
 

@@ -9,7 +9,7 @@ __all__ = ['ENOUGH', 'SCORES', 'HOLDS', 'PARTLY', 'FAILS', 'UNTESTED', 'VERDICTS
            'c15', 'c16', 'Claim', 'judge', 'Report', 'report']
 
 # %% ../nbs/report.ipynb #rep0003
-import json, math, warnings
+import json, math, re, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -362,6 +362,11 @@ def _ablate(name: str) -> str:
     return f'python -c "from treelora.ablations import ablate; ablate([{name!r}])"'
 
 
+def _number(label: str) -> float:
+    "The number in an ablation's label, such as lambda=0.1."
+    return float(re.search(r"\d+(\.\d+)?", label)[0])
+
+
 def c7(evidence: Evidence) -> Finding:
     "Two parts: the penalty with a random search is above no penalty, and the LCB search above the random one. Holds when both are, partly when one is."
     found, on = _ablation(evidence, "parts")
@@ -376,7 +381,7 @@ def c8(evidence: Evidence) -> Finding:
     ranges, on = {}, ""
     for name, low, high in (("lambda", 0.1, 1.0), ("rate", 0.003, 0.007)):
         found, on = _ablation(evidence, name)
-        means = [mean(row) for label, row in found.items() if low <= float(label.partition("=")[2]) <= high]
+        means = [mean(row) for label, row in found.items() if low <= _number(label) <= high]
         if len(means) < 2: raise Missing(_ablate(name))
         ranges[name] = max(means) - min(means)
     words = f"accuracy varies by {ranges['lambda']:.1f} points over lambda 0.1 to 1, by {ranges['rate']:.1f} over the learning rate 0.003 to 0.007"
@@ -386,12 +391,12 @@ def c8(evidence: Evidence) -> Finding:
 def c9(evidence: Evidence) -> Finding:
     "The score by the number of adapted blocks, on images (the paper's are language models). Holds when no step to more blocks loses more than the spread and the last is above the first; partly when only the latter."
     found, on = _ablation(evidence, "depth")
-    ordered = sorted(found, key=lambda label: int(label.split()[0]))
+    ordered = sorted(found, key=_number)
     if len(ordered) < 2: raise Missing(_ablate("depth"))
     steps = [paired(found[b], found[a]) for a, b in zip(ordered, ordered[1:])]
     whole = paired(found[ordered[-1]], found[ordered[0]])
     verdict = FAILS if not whole.above else HOLDS if all(d.at_least for d in steps) else PARTLY
-    return Finding(verdict, ", ".join(f"{label}: {mean(found[label]):.1f}" for label in ordered) + f"; last over first {whole}", on)
+    return Finding(verdict, "adapted blocks, " + ", ".join(f"{_number(label):.0f}: {mean(found[label]):.1f}" for label in ordered) + f"; last over first {whole}", on)
 
 # %% ../nbs/report.ipynb #rep0081
 def _saved_kinship(run: dict) -> Callable[[str, str], int]:
