@@ -247,7 +247,7 @@ def test_a_bad_table_counts_as_missing(tmp_path, content):
 
 def test_missing_results_give_commands(tmp_path):
     for id_, found in judge(tmp_path).items():
-        assert found.verdict == UNTESTED and re.match(r"`(treelora |python -c )", found.found), id_
+        assert found.verdict == UNTESTED and re.fullmatch(r"no results; to be made by `(treelora|python -c) .+`", found.found), id_
     with pytest.raises(Missing, match="treelora compare --stream cldr --scale quick"): Evidence(tmp_path).runs("cldr", "quick/half")
 
 
@@ -255,11 +255,20 @@ def test_commands_name_functions_that_exist(tmp_path):
     from importlib import import_module
     from treelora.cli import parser
     for found in judge(tmp_path).values():
-        command = found.found.strip("`")
+        command = found.found.split("`")[1]
         if command.startswith("treelora "): parser().parse_args(command.split()[1:])
         else:
             module, name = re.search(r"from (treelora\.\w+) import (\w+)", command).groups()
             if (ROOT / "treelora" / f"{module.partition('.')[2]}.py").exists(): assert hasattr(import_module(module), name), command
+
+
+def test_c10_reads_the_trees(tmp_path):
+    "A saved tree that is the family tree holds, one that is not does not."
+    tasks = ["es", "de", "pt", "nl"]
+    families, mixed = ([[tasks], [[a, b], [c, d]], [[a], [b], [c], [d]]] for a, b, c, d in (("es", "pt", "de", "nl"), ("es", "de", "pt", "nl")))
+    for groups, verdict in ((families, HOLDS), (mixed, FAILS)):
+        fill(tmp_path, {"treelora": (0.5, 0)}, stream="cldr", tasks=tasks, trees=[{"after": "nl", "groups": groups}])
+        assert one("C10", tmp_path).verdict == verdict
 
 
 def test_the_table_has_a_row_a_claim():
