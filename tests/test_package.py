@@ -118,5 +118,10 @@ def test_version_flag(capsys):
     assert end.value.code == 0 and capsys.readouterr().out.strip() == f"treelora {treelora.__version__}"
 
 
+def test_oldest_versions_are_those_of_the_settings():
+    pins = python(f"import runpy; runpy.run_path({str(ROOT / '.ci/oldest.py')!r})").splitlines()
+    assert [p.replace("==", ">=") for p in pins] == settings()["requirements"].split() and "torch==2.6" in pins
+
+
 def test_citation_names_this_version():
     assert f"version: {treelora.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
