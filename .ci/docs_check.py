@@ -61,9 +61,18 @@ def link_faults(path: Path, nb, pages: dict[Path, set[str]], source: Path) -> li
     return faults
 
 
+def dropped(cell) -> list[str]:
+    "Lines of a first markdown cell that nbdev does not take into the page's front matter."
+    if cell.cell_type != "markdown": return []
+    lines = [line for line in cell.source.splitlines() if line.strip() and not re.match(r"- \S.*:.*\S", line)]
+    titles, quotes = [x for x in lines if re.match(r"#\s", x)], [x for x in lines if re.match(r">\s", x)]
+    return [x for x in lines if x not in titles[:1] + quotes[:1]]
+
+
 def page_faults(path: Path, nb) -> list[str]:
     "What is wrong with a page by itself."
     faults = [] if nb.cells and re.search(r"^(# \S|title: *\S)", nb.cells[0].source, flags=re.M) else ["no title (# ...) in the first cell"]
+    if faults == [] and dropped(nb.cells[0]): faults.append("text in the first cell that nbdev drops from the site: only title, quote and `- key: value` lines stay; give it a cell of its own")
     if path.stat().st_size > LIMIT: faults.append(f"{path.stat().st_size:,} bytes, more than {LIMIT:,}")
     for number, cell in enumerate(nb.cells, 1):
         outputs = cell.get("outputs", [])

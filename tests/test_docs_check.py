@@ -24,9 +24,9 @@ def site(tmp_path) -> Path:
     shutil.copy(ROOT / "_quarto.yml", tmp_path)
     source = tmp_path / "nbs"
     picture = new_output("display_data", {"image/png": PNG})
-    write(source / "index.ipynb", new_markdown_cell("# Home\n\n[method](core/one.ipynb), [part](core/one.ipynb#a-part-of-it), [function](core/one.html#cut), [here](#more), [web](https://example.org/x)\n\n## More"),
+    write(source / "index.ipynb", new_markdown_cell("# Home\n\n> Where to begin.\n\n- order: 1"), new_markdown_cell("[method](core/one.ipynb), [part](core/one.ipynb#a-part-of-it), [function](core/one.html#cut), [here](#more), [web](https://example.org/x)\n\n## More"),
           new_code_cell('#| fig-alt: "A line."\ndraw()', outputs=[picture]), new_markdown_cell("![a dot](dot.png \"a title\")\n\n```\n[no](link.ipynb)\n# no heading\n```\n\n`[no](link.ipynb)`"))
-    write(source / "core" / "one.ipynb", new_markdown_cell("# One\n\n## A part: of *it*\n\n<a href=\"../index.ipynb\">home</a>"), new_code_cell("#| export\ndef cut(x): return x"))
+    write(source / "core" / "one.ipynb", new_markdown_cell("# One"), new_markdown_cell("## A part: of *it*\n\n<a href=\"../index.ipynb\">home</a>"), new_code_cell("#| export\ndef cut(x): return x"))
     (source / "dot.png").write_bytes(b"dot")
     (source / "styles.css").write_text("")
     (source / "sidebar.yml").write_text("website:\n  sidebar:\n    contents:\n      - index.ipynb\n      - section: The method\n        contents:\n          - core/one.ipynb\n")
@@ -57,7 +57,7 @@ def test_a_good_site_passes(site): assert check(site) == (2, [])
     ("![](dot.png)", "a picture without a text in its place in cell 2"),
 ])
 def test_broken_links_and_pictures(site, markdown, said):
-    write(site / "nbs" / "index.ipynb", new_markdown_cell("# Home\n\n```\n# no heading\n```"), new_markdown_cell(markdown))
+    write(site / "nbs" / "index.ipynb", new_markdown_cell("# Home"), new_markdown_cell(markdown + "\n\n```\n# no heading\n```"))
     [fault] = faults(site)
     assert fault.startswith("nbs/index.ipynb: ") and said in fault
 
@@ -69,7 +69,7 @@ def test_broken_links_and_pictures(site, markdown, said):
     (new_code_cell("print()", outputs=[new_output("stream", name="stdout", text="x" * 1_500_001)]), "more than 1,500,000"),
 ])
 def test_bad_outputs(site, cell, said):
-    write(site / "nbs" / "core" / "one.ipynb", new_markdown_cell("# One\n\n## A part of it"), cell, new_code_cell("#| export\ndef cut(x): return x"))
+    write(site / "nbs" / "core" / "one.ipynb", new_markdown_cell("# One"), cell, new_markdown_cell("## A part of it"), new_code_cell("#| export\ndef cut(x): return x"))
     [fault] = faults(site)
     assert fault.startswith("nbs/core/one.ipynb: ") and said in fault
 
@@ -78,6 +78,23 @@ def test_bad_outputs(site, cell, said):
 def test_a_page_without_a_title(site, first):
     write(site / "nbs" / "core" / "one.ipynb", new_markdown_cell(first), new_markdown_cell("## A part of it"), new_code_cell("#| export\ndef cut(x): return x"))
     assert faults(site) == ["nbs/core/one.ipynb: no title (# ...) in the first cell"]
+
+
+@pytest.mark.parametrize("more", ["**A question?** An answer.", "> A second quote.", "## A part"])
+def test_a_first_cell_that_nbdev_would_shorten(site, more):
+    write(site / "nbs" / "core" / "one.ipynb", new_markdown_cell(f"# One\n\n> Kept.\n\n{more}"), new_markdown_cell("## A part of it"), new_code_cell("#| export\ndef cut(x): return x"))
+    [fault] = faults(site)
+    assert fault.startswith("nbs/core/one.ipynb: text in the first cell that nbdev drops from the site")
+
+
+def test_nbdev_really_drops_it(tmp_path):
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
+    write(tmp_path / "a.ipynb", new_markdown_cell("# One\n\n> Kept.\n\nLost."), new_markdown_cell("Here."))
+    done = NBProcessor(tmp_path / "a.ipynb", procs=[FrontmatterProc])
+    done.process()
+    text = "\n".join(c.source for c in done.nb.cells if c.source)
+    assert "Kept." in text and "Here." in text and "Lost." not in text
 
 
 def test_the_sidebar_has_every_page_once(site):
@@ -107,5 +124,5 @@ def test_anchors_are_pandocs(heading, anchor): assert slug(heading) == anchor
 
 
 def test_equal_headings_are_numbered(site):
-    write(site / "nbs" / "index.ipynb", new_markdown_cell("# Home\n\n## Same\n\n## Same\n\n[x](#same-1)"))
+    write(site / "nbs" / "index.ipynb", new_markdown_cell("# Home"), new_markdown_cell("## Same\n\n## Same\n\n[x](#same-1)"))
     assert faults(site) == []
