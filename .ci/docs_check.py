@@ -1,49 +1,86 @@
-"""Check the site's sources without Quarto: nbdev processes the notebooks, then links, titles, outputs and the sidebar are checked."""
+"""Check the site's sources without Quarto: nbdev processes the notebooks, then links, pictures, titles, outputs and the sidebar are checked."""
 import re, sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat, yaml
-from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1_500_000  # bytes of a notebook
+ELSEWHERE = re.compile(r"(https?|mailto|data):")
+HEADING = re.compile(r"^#{1,6} (.+)$", re.M)
+FENCED = re.compile(r"^(```+|~~~+).*?^\1", re.M | re.S)
 
 
 def slug(heading: str) -> str:
     "The anchor that pandoc gives a heading."
-    text = re.sub(r"[`*]|\{[^}]*\}|\$", "", heading).strip().lower()
+    named = re.search(r"\{[^}]*#([^\s}]+)[^}]*\}\s*$", heading)
+    if named: return named.group(1)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    text = re.sub(r"[`*]|\{[^}]*\}|\$", "", text).strip().lower()
     text = re.sub(r"[^\w\s.\-]", "", text)
-    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", text))
+    return re.sub(r"^[\W\d_]+", "", re.sub(r"\s+", "-", text)) or "section"
 
 
 def text_of(nb) -> str:
-    "All markdown of a notebook."
-    return "\n\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+    "All markdown of a notebook, without blocks of code."
+    return "\n\n".join(FENCED.sub("", c.source) for c in nb.cells if c.cell_type == "markdown")
 
 
 def anchors(nb) -> set[str]:
-    "Where links into a page may point."
-    return {slug(h) for h in re.findall(r"^#{1,6} (.+)$", text_of(nb), flags=re.M)}
+    "Where links into a page may point: headings, and the exported functions that nbdev shows there."
+    exported = "\n".join(c.source for c in nb.cells if c.cell_type == "code" and re.match(r"#\|\s*exports?\b", c.source))
+    found = Counter(slug(h) for h in HEADING.findall(text_of(nb)))
+    again = {f"{name}-{i}" for name, n in found.items() for i in range(1, n)}  # what pandoc calls equal headings
+    return set(found) | again | {name.lower() for name in re.findall(r"^(?:def|class) ([A-Za-z]\w*)", exported, re.M)}
 
 
-def link_faults(path: Path, nb, pages: dict[Path, set[str]], base: Path) -> list[str]:
-    "Links and images of a page that lead nowhere."
-    faults, prose = [], re.sub(r"```.*?```|`[^`\n]*`", "", text_of(nb), flags=re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-        if re.match(r"(https?|mailto|attachment):", target): continue
+def targets(text: str) -> list[str]:
+    "Where the links and pictures of a text lead."
+    prose = re.sub(r"`[^`\n]*`", "", text)
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*[\"'])?\s*\)", prose)  # [text](target "title")
+    found += re.findall(r"^\s{0,3}\[[^\]^][^\]]*\]:\s*<?([^\s>]+)", prose, re.M)  # [name]: target
+    return found + re.findall(r"<(?:img|a|source|video)\b[^>]*?\b(?:src|href)\s*=\s*[\"']([^\"']+)", prose)
+
+
+def link_faults(path: Path, nb, pages: dict[Path, set[str]], source: Path) -> list[str]:
+    "Links and pictures of a page that lead nowhere."
+    faults, attached = [], {name for c in nb.cells for name in c.get("attachments", {})}
+    for target in targets(text_of(nb)):
+        if ELSEWHERE.match(target): continue
+        if target.startswith("attachment:"):
+            if target.partition(":")[2] not in attached: faults.append(f"picture {target}, which is not in the notebook")
+            continue
         file, _, anchor = target.partition("#")
         to = (path.parent / file).resolve() if file else path.resolve()
         to = to.with_suffix(".ipynb") if to.suffix == ".html" else to
         if not to.exists(): faults.append(f"link to {target}, which does not exist")
-        elif anchor and to in pages and anchor not in pages[to]: faults.append(f"link to {target}: no such heading")
+        elif not to.is_relative_to(source.resolve()): faults.append(f"link to {target}, which is not on the site: it lies outside nbs/")
+        elif to.suffix == ".ipynb" and to not in pages: faults.append(f"link to {target}, which is no page")
+        elif anchor and to in pages and anchor.lower() not in pages[to]: faults.append(f"link to {target}: no such heading")
     return faults
+
+
+def dropped(cell) -> list[str]:
+    "Lines of a first markdown cell that nbdev does not take into the page's front matter."
+    if cell.cell_type != "markdown": return []
+    lines = [line for line in cell.source.splitlines() if line.strip() and not re.match(r"- \S.*:.*\S", line)]
+    titles, quotes = [x for x in lines if re.match(r"#\s", x)], [x for x in lines if re.match(r">\s", x)]
+    return [x for x in lines if x not in titles[:1] + quotes[:1]]
 
 
 def page_faults(path: Path, nb) -> list[str]:
     "What is wrong with a page by itself."
-    faults = [] if nb.cells and re.search(r"^(# .+|title:)", nb.cells[0].source, flags=re.M) else ["no title (# ...) in the first cell"]
+    faults = [] if nb.cells and re.search(r"^(# \S|title: *\S)", nb.cells[0].source, flags=re.M) else ["no title (# ...) in the first cell"]
+    if faults == [] and dropped(nb.cells[0]): faults.append("text in the first cell that nbdev drops from the site: only title, quote and `- key: value` lines stay; give it a cell of its own")
     if path.stat().st_size > LIMIT: faults.append(f"{path.stat().st_size:,} bytes, more than {LIMIT:,}")
-    if any(o.output_type == "error" for c in nb.cells for o in c.get("outputs", [])): faults.append("an error among its outputs")
+    for number, cell in enumerate(nb.cells, 1):
+        outputs = cell.get("outputs", [])
+        if any(o.output_type == "error" for o in outputs): faults.append(f"an error among the outputs of cell {number}")
+        if any(o.get("name") == "stderr" for o in outputs): faults.append(f"a message on standard error among the outputs of cell {number}")
+        pictures = any(kind.startswith("image/") for o in outputs for kind in o.get("data", {}))
+        if pictures and not re.search(r"^#\|\s*(fig-alt|hide\b|include: *false|output: *false)", cell.source, re.M): faults.append(f"a picture without #| fig-alt in cell {number}")
+        if "![](" in cell.source and cell.cell_type == "markdown": faults.append(f"a picture without a text in its place in cell {number}")
     return faults
 
 
@@ -51,21 +88,50 @@ def sidebar_pages(entry) -> list[str]:
     "All pages that the sidebar names."
     if isinstance(entry, str): return [entry]
     if isinstance(entry, list): return [p for e in entry for p in sidebar_pages(e)]
-    return sidebar_pages(entry.get("contents", entry.get("href", []))) + ([entry["href"]] if "href" in entry and "contents" in entry else [])
+    return sidebar_pages(entry.get("contents", [])) + [entry[key] for key in ("href", "file") if key in entry]
+
+
+def sidebar_faults(source: Path, notebooks: list[Path]) -> list[str]:
+    "Pages that the sidebar lacks, has twice, or invents."
+    listed = Counter(p for p in sidebar_pages(yaml.safe_load((source / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]) if not ELSEWHERE.match(p))
+    there = {p.relative_to(source).as_posix() for p in notebooks}
+    return ([f"nbs/sidebar.yml names {p}, which does not exist" for p in sorted(set(listed) - there)] + [f"nbs/{p} is not in nbs/sidebar.yml" for p in sorted(there - set(listed))]
+            + [f"nbs/sidebar.yml names {p} {n} times" for p, n in sorted(listed.items()) if n > 1])
+
+
+def settings_faults(source: Path) -> list[str]:
+    "What the site's settings lack of search, two themes, links to the source, and a way to the pages before and after."
+    quarto = yaml.safe_load((source / "_quarto.yml").read_text(encoding="utf-8"))
+    site, html = quarto.get("website", {}), quarto.get("format", {}).get("html", {})
+    has = {"website: search": site.get("search"), "website: page-navigation": site.get("page-navigation"), "website: repo-url": site.get("repo-url"),
+           "format: html: theme: light and dark": {"light", "dark"} <= set(html.get("theme") or ()), "format: html: html-math-method": html.get("html-math-method"),
+           "metadata-files: nbdev.yml and sidebar.yml": {"nbdev.yml", "sidebar.yml"} <= set(quarto.get("metadata-files") or ())}
+    files = [html.get("css"), site.get("favicon")]
+    return [f"nbs/_quarto.yml lacks {name}" for name, there in has.items() if not there] + [f"nbs/_quarto.yml names {f}, which does not exist" for f in files if f and not (source / f).exists()]
+
+
+def check(root: Path) -> tuple[int, list[str]]:
+    "How many pages a checkout has, and all their faults."
+    source = root / "nbs"
+    notebooks = {p: nbformat.read(p, 4) for p in sorted(source.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
+    pages = {p.resolve(): anchors(nb) for p, nb in notebooks.items()}
+    faults = [f"{p.relative_to(root)}: {f}" for p, nb in notebooks.items() for f in page_faults(p, nb) + link_faults(p, nb, pages, source)]
+    return len(notebooks), faults + sidebar_faults(source, list(notebooks)) + settings_faults(source)
+
+
+def unprocessed(root: Path) -> list[str]:
+    "Let nbdev process the notebooks into _proc, and name those that did not arrive. Raises where nbdev fails."
+    from nbdev.serve import proc_nbs  # here: the checks by themselves need no nbdev
+    proc_nbs()
+    names = [p.relative_to(root / "nbs") for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    return [f"nbs/{name}: nbdev has not processed it" for name in sorted(names) if not (root / "_proc" / name).is_file()]
 
 
 def main() -> int:
-    source = ROOT / "nbs"
-    proc_nbs()  # nbdev's own processing, into _proc; raises where it fails
-    notebooks = {p: nbformat.read(p, 4) for p in sorted(source.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
-    pages = {p.resolve(): anchors(nb) for p, nb in notebooks.items()}
-    faults = [f"{p.relative_to(ROOT)}: {f}" for p, nb in notebooks.items() for f in page_faults(p, nb) + link_faults(p, nb, pages, source)]
-    listed = set(sidebar_pages(yaml.safe_load((source / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]))
-    there = {p.relative_to(source).as_posix() for p in notebooks}
-    faults += [f"nbs/sidebar.yml names {p}, which does not exist" for p in sorted(listed - there)]
-    faults += [f"nbs/{p} is not in nbs/sidebar.yml" for p in sorted(there - listed)]
+    n, faults = check(ROOT)
+    faults += unprocessed(ROOT)
     for fault in faults: print(fault, file=sys.stderr)
-    if not faults: print(f"{len(notebooks)} pages: titles, links, outputs, sizes and sidebar are right")
+    if not faults: print(f"{n} pages: titles, links, pictures, outputs, sizes, sidebar and settings are right")
     return bool(faults)
 
 

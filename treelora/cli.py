@@ -10,6 +10,8 @@ import argparse, json, sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import __version__
+
 # %% ../nbs/cli/60_cli.ipynb #02f8d83a
 def _numbers(text: str) -> int | list[int]:
     "One number, or a list with commas."
@@ -224,6 +226,7 @@ def _pretrain(args) -> None:
 def parser() -> argparse.ArgumentParser:
     "The parser of all commands."
     p = argparse.ArgumentParser("treelora", description="TreeLoRA: continual learning with a tree of earlier tasks.")
+    p.add_argument("--version", action="version", version=f"treelora {__version__}")
     commands = p.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_run, _add_compare, _add_figures, _add_others): add(commands)
     return p

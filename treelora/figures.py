@@ -7,7 +7,7 @@ __all__ = ['LOOKS', 'FIRST', 'CEILINGS', 'FIGURES', 'STREAMS', 'load_results', '
            'new_figure', 'draw_groups', 'figure', 'caption', 'save_figure', 'save_all']
 
 # %% ../nbs/figures/50_figures.ipynb #1718892a
-import io, json
+import io, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .tables import parts_table, read_results, table
+
 # %% ../nbs/figures/50_figures.ipynb #7c703e82
 def load_results(
     results: str | Path = "results",  # folder of all results
@@ -24,26 +26,20 @@ def load_results(
     scale: str = "quick",
     methods: Sequence[str] | None = None,  # None: all that are there
 ) -> dict[str, list[dict]]:  # method -> one result a seed
-    """Results by method, in order of seed. Raises FileNotFoundError, naming the command that makes them, when there are none, and
-    ValueError for a file that is no result."""
-    found: dict[str, list[dict]] = {}
-    for path in sorted((Path(results) / stream / scale).glob("*-seed*.json")):
-        result = _read(path)
-        found.setdefault(result["config"]["method"], []).append(result)
+    """Results by method, in order of seed; a bad file is named in a warning and left out. Raises FileNotFoundError, naming the command that
+    makes them, when there are none."""
+    found = read_results(results, stream, scale)
     found = {m: found[m] for m in (methods or found) if m in found}
     if found: return found
     wanted = f" of {', '.join(methods)}" if methods else ""
-    raise FileNotFoundError(f"No results{wanted} for {stream} at scale {scale} in {results}; make them with "
-                            f"`treelora figures --run missing --stream {stream} --scale {scale}`.")
+    raise FileNotFoundError(f"No results{wanted} for {stream} at scale {scale} in {results}; make them with `{_command(stream, scale)}`.")
 
 
-def _read(path: Path) -> dict:
-    "One result."
-    try: result = json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f"{path} is no valid JSON; run it again or remove it.") from error
-    missing = [k for k in ("format", "config", "R", "scores", "seconds") if not isinstance(result, dict) or k not in result]
-    if missing: raise ValueError(f"{path} is no result of this package: it lacks {', '.join(missing)}.")
-    return result
+def _command(stream: str, scale: str) -> str:
+    "What makes the results of a stream; other budgets than the scale's own are those of the contenders, and of the language set."
+    base, _, budget = scale.partition("/")
+    what = "compare" if budget and stream != "cldr" else "figures --run missing"
+    return f"treelora {what} --stream {stream} --scale {base}"
 
 
 def over_seeds(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -131,13 +127,26 @@ def _figure_1(found: dict) -> Figure:
     "Learning curves of the last task."
     fig = new_figure(figsize=(3.4, 2.5))
     ax = fig.subplots()
-    for method in ("seqlora", "treelora", "treelora-branch"):
-        runs = [r["curves"][-1] for r in found.get(method, []) if r["curves"]]
-        what = "likelihood" if runs and "likelihood" in runs[0] else "accuracy"
-        if runs: _band(ax, np.array(runs[0]["samples"]), [100 * np.array(c[what]) for c in runs], method)
+    for method, runs in _last_curves(found).items():
+        what = "likelihood" if "likelihood" in runs[0] else "accuracy"
+        _band(ax, np.array(runs[0]["samples"]), [100 * np.array(c[what]) for c in runs], method)
     ax.set(xscale="log", xlabel=f"samples seen of the new task ({found[next(iter(found))][0]['tasks'][-1]})", ylabel=f"test {what}, %")
     ax.legend(loc="lower right")
     return fig
+
+
+def _last_curves(found: dict) -> dict[str, list[dict]]:
+    "The last task's learning curves of the methods that Fig. 1 shows."
+    curves = {m: [r["curves"][-1] for r in found.get(m, []) if r["curves"]] for m in ("seqlora", "treelora", "treelora-branch")}
+    curves = {m: runs for m, runs in curves.items() if runs}
+    if not curves: raise FileNotFoundError(f"No saved learning curves; make them with `{_run_command(found)} --curves 14`.")
+    return curves
+
+
+def _run_command(found: dict) -> str:
+    "What runs TreeLoRA where these results come from."
+    config = next(iter(found.values()))[0]["config"]
+    return f"treelora run --method treelora --stream {config['stream']} --scale {config['scale']}"
 
 # %% ../nbs/figures/50_figures.ipynb #9ee0f57b
 def _figure_4(found: dict) -> Figure:
@@ -185,7 +194,7 @@ def _speed(ax: Axes, found: dict, shown: Sequence[str]) -> None:
         x, dx = over_seeds([r["samples_per_second"] for r in found[m]])
         y, dy = over_seeds([100 * r["scores"]["op"] for r in found[m]])
         ax.errorbar(x, y, xerr=dx, yerr=dy, color=look(m)["color"], marker=look(m)["marker"] or "o", lw=1, ls="none")
-    ax.set(xlabel="training samples a second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
+    ax.set(xlabel="samples a second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
 
 # %% ../nbs/figures/50_figures.ipynb #41321e9a
 def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> None:
@@ -244,41 +253,48 @@ def _figure_8(found: dict) -> Figure:
 def _trees(found: dict) -> list[dict]:
     "The trees of the first seed of TreeLoRA."
     runs = [r for m in ("treelora", "treelora-branch") for r in found.get(m, []) if r["trees"]]
-    if not runs: raise FileNotFoundError("No saved trees: run `treelora run --method treelora` first.")
+    if not runs: raise FileNotFoundError(f"No saved trees; make them with `{_run_command(found)}`.")
     return runs[0]["trees"]
 
 # %% ../nbs/figures/50_figures.ipynb #314f5955
 FIGURES = {1: _figure_1, 4: _figure_4, 5: _figure_5, 6: _figure_4, 7: _figure_4, 8: _figure_8}
-STREAMS = {6: "split-imagenet-r", 7: "split-cub-200"}  # the paper's streams of the figures that are Fig. 4 elsewhere
+STREAMS = {6: ("split-fashion-mnist", "quick"), 7: ("split-tiny-imagenet", "small")}  # Fig. 4 elsewhere; the paper's are ImageNet-R and CUB-200
+
+
+def _place(n: int, stream: str | None, scale: str | None) -> tuple[str, str]:
+    "Stream and scale of a figure, where they are not given."
+    usual = STREAMS.get(n, ("split-digits", "quick"))
+    return stream or usual[0], scale or ("quick" if stream else usual[1])
 
 
 def figure(
     n: int,  # number in the paper: 1, 4, 5, 6, 7 or 8
     results: str | Path = "results",
-    stream: str | None = None,  # None: the digits, or the paper's stream for 6 and 7
-    scale: str = "quick",
+    stream: str | None = None,  # None: the digits; Fashion-MNIST for 6, Tiny-ImageNet for 7
+    scale: str | None = None,  # None: quick; small for Tiny-ImageNet
 ) -> Figure:
     "One of the paper's figures, from saved results. Raises ValueError for a number that is not drawn, FileNotFoundError without results."
     if n not in FIGURES: raise ValueError(f"Figure {n} is not drawn from results; known are {', '.join(map(str, FIGURES))}.")
-    found = load_results(results, stream or STREAMS.get(n, "split-digits"), scale)
+    found = load_results(results, *_place(n, stream, scale))
     with style(): return FIGURES[n](found)
 
 
 def caption(
     n: int,
     results: str | Path = "results",
-    stream: str = "split-digits",
-    scale: str = "quick",
+    stream: str | None = None,  # as in `figure`
+    scale: str | None = None,
 ) -> str:
     "What a figure shows, on which stream, backbone, seeds and device."
+    stream, scale = _place(n, stream, scale)
     found = load_results(results, stream, scale)
     runs = [r for rows in found.values() for r in rows]
     what = {1: "Test accuracy on the last task against the samples of it seen so far, among its own classes.",
             4: f"(a) Mean {score_name(found).removesuffix(', %')} over the tasks seen so far; (b) training time; (c) final score against speed.",
-            5: "The tree of tasks after the last one.", 8: "The tree of tasks after each task."}[n]
+            5: "The tree of tasks after the last one.", 8: "The tree of tasks after each task."}[4 if n in STREAMS else n]
     seeds = sorted({r["config"]["seed"] for r in runs})
     return (f"{what} Stream {stream}, backbone {runs[0]['config']['model']}, {runs[0]['config']['epochs']} epochs a task, seeds {', '.join(map(str, seeds))}"
-            + ("; bands and bars are one standard deviation" if n in (1, 4) else f"; seed {seeds[0]}") + f"; {runs[0]['device']}.")
+            + ("; bands and bars are one standard deviation" if n in (1, 4, *STREAMS) else f"; seed {seeds[0]}") + f"; {runs[0]['device']}.")
 
 # %% ../nbs/figures/50_figures.ipynb #83421046
 def save_figure(
@@ -286,11 +302,11 @@ def save_figure(
     name: str,  # without suffix
     out: str | Path = "figures",
 ) -> list[Path]:  # an .svg and a .png
-    "Write a figure twice, without dates, so that the same results give the same files."
+    "Write a figure twice, without dates and versions, so that the same results give the same files."
     Path(out).mkdir(parents=True, exist_ok=True)
     paths = [Path(out) / f"{name}.svg", Path(out) / f"{name}.png"]
     with style():
-        fig.savefig(paths[0], metadata={"Date": None})
+        fig.savefig(paths[0], metadata={"Date": None, "Creator": None})
         fig.savefig(paths[1], dpi=200, metadata={"Software": None})
     return paths
 
@@ -301,17 +317,18 @@ def save_all(
     stream: str = "split-digits",
     scale: str = "quick",
 ) -> list[Path]:
-    "Draw and save figures 1 (where learning curves were saved), 4, 5 and 8 of a stream, and their captions."
-    paths, suffix = [], "" if stream == "split-digits" else f"-{stream}"
-    curves = any(r["curves"] for rows in load_results(results, stream, scale).values() for r in rows)
-    drawn = (1, 4, 5, 8) if curves else (4, 5, 8)
-    for n in drawn: paths += save_figure(figure(n, results, stream, scale), f"figure{n}{suffix}", out)
-    text = "\n\n".join(f"Figure {n}. {caption(n, results, stream, scale)}" for n in drawn)
-    (Path(out) / f"captions{suffix}.md").write_text(text + "\n")
+    """Draw and save figures 1, 4, 5 and 8 of a stream, with the digits also 6 and 7 where their streams were run, and their captions. A figure
+    without its part of the results is named in a warning and left out; raises FileNotFoundError without any."""
+    load_results(results, stream, scale)
+    suffix, places = "" if stream == "split-digits" else f"-{stream}", {n: (stream, scale) for n in (1, 4, 5, 8)}
+    if not suffix: places |= {n: place for n, place in STREAMS.items() if read_results(results, *place)}
+    paths, captions = [], []
+    for n, place in sorted(places.items()):
+        try: paths += save_figure(figure(n, results, *place), f"figure{n}{suffix}", out)
+        except FileNotFoundError as error: warnings.warn(f"Figure {n} of {place[0]} is left out: {error}")
+        else: captions.append(f"Figure {n}. {caption(n, results, *place)}")
+    (Path(out) / f"captions{suffix}.md").write_text("\n\n".join(captions) + "\n")
     return paths
-
-# %% ../nbs/figures/50_figures.ipynb #010a4474
-from .tables import parts_table, table
 
 # %% ../nbs/figures/50_figures.ipynb #1201f332
 _all_ = ["table", "parts_table"]

@@ -6,6 +6,7 @@
 __all__ = ['SHOWN', 'matrices', 'pareto', 'families', 'family_groups', 'save_language_figures']
 
 # %% ../nbs/figures/52_language_figures.ipynb #4beeb15b
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def pareto(
 ) -> Figure:
     "Final score against forgetting: the paper's form over lambda, and the other methods. Raises FileNotFoundError without results."
     found = load_results(results, stream, scale, ("seqlora", "treelora", "treelora-authors", "treelora-routed", "treelora-branch", "alone"))
-    swept = load_results(results, stream, f"{scale}/lambda")["treelora"] + found["treelora"][:1]
+    swept = load_results(results, stream, f"{scale}/lambda", ("treelora",))["treelora"] + found.get("treelora", [])[:1]
     strengths = sorted({r["config"]["method_config"]["lam"] for r in swept})
     points = [_scores([r for r in swept if r["config"]["method_config"]["lam"] == lam]) for lam in strengths]
     with style():
@@ -86,7 +87,10 @@ def families(
 ) -> Figure:
     "The family tree of the stream's languages and the learned tree that knows it best. Raises FileNotFoundError without results."
     runs = load_results(results, stream, scale, (method,))[method]
-    result = next(r for r in runs if r["config"]["seed"] == seed)
+    runs = [r for r in runs if "gram" in r.get("extra", {})]  # watched runs keep signatures
+    result = next((r for r in runs if r["config"]["seed"] == seed), None)
+    if result is None:
+        raise FileNotFoundError(f"No result of {method} on {stream} with seed {seed} keeps signatures; make them with `treelora figures --run missing --stream {stream} --scale {scale}`.")
     scores = mean_agreement(runs)
     (source, where), best = max(scores.items(), key=lambda item: item[1])
     tree = tree_from_gram(LAYERS[where](_gram(result, source)), result["tasks"])
@@ -120,6 +124,9 @@ def save_language_figures(
     stream: str = "cldr",
     scale: str = "quick",
 ) -> list[Path]:
-    "Draw and save the three figures of a language stream."
-    drawn = {"matrix": matrices(results, stream, scale), "pareto": pareto(results, stream, scale), "families": families(results, stream, scale)}
-    return [path for name, fig in drawn.items() for path in save_figure(fig, f"{name}-{stream}", out)]
+    "Draw and save the three figures of a language stream. One without its part of the results is named in a warning and left out."
+    paths = []
+    for name, draw in {"matrix": matrices, "pareto": pareto, "families": families}.items():
+        try: paths += save_figure(draw(results, stream, scale), f"{name}-{stream}", out)
+        except FileNotFoundError as error: warnings.warn(f"{name}-{stream} is left out: {error}")
+    return paths
