@@ -133,7 +133,7 @@ def _panel(ax: Axes, name: str, found: dict) -> None:
     labels = list(dict.fromkeys(label for label, _ in found))
     for method in dict.fromkeys(m for _, m in found):
         own = [(labels.index(label), [100 * r["op"] for r in rows]) for (label, m), rows in found.items() if m == method]
-        ax.plot([i for i, _ in own], [np.mean(v) for _, v in own], look(method)["line"], color=look(method)["color"], label=look(method)["label"])
+        ax.plot([i for i, _ in own], [np.mean(v) for _, v in own], look(method)["linestyle"], color=look(method)["color"], label=look(method)["label"])
         for i, values in own: ax.plot([i] * len(values), values, ".", color=look(method)["color"], ms=4, alpha=0.6)
     ax.set(title=name, ylabel="final score, %")
     ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
