@@ -829,6 +829,14 @@ class TreeLoRA(Routed, Saved):
             found[g.layers] = g.scratch.cpu()
         return found
 
+    @property
+    def device_bytes(self) -> int:
+        "What it holds on the training device at this moment beside the model, in bytes: scratch, cache and the running signature; it does not grow with the tasks."
+        held = [g.scratch for g in (*self._groups, *(self._others or ()))] + [rows.matrix for rows in self._whole.values()]
+        if self._cache is not None: held.append(self._cache.room)
+        if self._now is not None and "total" in vars(self._now.signature): held.append(self._now.signature.total.matrix)
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
+
     def _values(self) -> list[torch.Tensor]:
         "The adapters' parameters, without their graph."
         return [p.detach() for p in self.params]

@@ -468,8 +468,8 @@ def _count_bytes(tasks: Sequence[int]) -> dict[int, dict]:
         with tl.task(f"task {k}"):
             model(torch.randn(8, 32)).square().mean().backward()
             tl.step()
-        scratch = [rows.matrix for rows in (tl._theta, tl._stored, tl._scratch)]
-        if k + 1 in tasks: found[k + 1] = {"device_bytes": sum(x.numel() * x.element_size() for x in scratch), "bank_bytes": tl.bank.stored_bytes, "adapter_bytes": 4 * sum(p.numel() for p in tl.params)}
+            device = tl.device_bytes
+        if k + 1 in tasks: found[k + 1] = {"device_bytes": device, "bank_bytes": tl.bank.stored_bytes, "adapter_bytes": 4 * sum(p.numel() for p in tl.params)}
     return found
 
 
