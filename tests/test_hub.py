@@ -60,7 +60,7 @@ def test_there_and_back_in_one_folder(tmp_path):
     assert len(learned_more.bank.names) == 5
 
 
-@pytest.mark.parametrize("name", ["default"])
+@pytest.mark.parametrize("name", ["default", "mine"])
 def test_plain_peft_reads_every_task(tmp_path, name):
     tl = learned(with_peft(name=name), adapter=name)
     push(tl, tmp_path, license="mit")

@@ -583,6 +583,6 @@ def peft_names(model: nn.Module) -> dict[str, str]:
     "The model's adapter parameters, and what PEFT calls them in files; empty for a model without PEFT's adapters."
     if not hasattr(model, "peft_config"): return {}
     from peft import get_peft_model_state_dict  # here: vision runs need no PEFT
-    known = get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     short = {n: n.replace(f".{model.active_adapter}", "") for n, _ in model.named_parameters()}
     return {n: key for n, key in short.items() if key in known}
