@@ -114,7 +114,8 @@ def time_table(
 ) -> str:  # Markdown
     "Training times, ratios and scores. Raises FileNotFoundError without results."
     found = load_times(results, stream)
-    rivals = RIVALS[found["kind"]]
+    ran = {(r["method"], tuple(r["savings"])) for r in found["rows"]}
+    rivals = [r for r in RIVALS[found["kind"]] if r in ran]
     rows = time_rows(found, rivals)
     head = ["method", "savings", "score", "steps", "training s", *(f"{_called(*r)} / this" for r in rivals)]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
