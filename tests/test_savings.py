@@ -30,7 +30,7 @@ def test_ratios_are_taken_within_a_seed():
 def test_less_accurate_is_said(tmp_path):
     write(tmp_path, [row("hidelora"), row("treelora", op=0.8, train=2.0), row("treelora-branch", seed=1)])
     lines = time_table(tmp_path).splitlines()
-    assert "4.00 (less accurate)" in lines[3] and lines[4].rstrip().endswith("|  |  |")  # of a seed that the rival has not: no ratio
+    assert "4.00 (less accurate)" in lines[3] and lines[4].rstrip().endswith("|  |")  # of a seed that the rival has not: no ratio
     with pytest.raises(FileNotFoundError, match="no training times of cldr"): load_times(tmp_path, "cldr")
 
 
