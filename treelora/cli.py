@@ -79,6 +79,9 @@ def _add_compare(commands) -> None:
     p.add_argument("--root", type=Path, help="data folder; the variable TREELORA_DATA does the same")
     p.add_argument("--model", help="as in run")
     p.add_argument("--weights", type=Path, help="as in run")
+    p.add_argument("--epochs", type=_numbers, help="as in run; with 1, there is only one budget")
+    p.add_argument("--rates", help="take the learning rates that were tuned on this stream, instead of tuning")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of all methods, such as max_prompt=128; may be given several times")
     p.add_argument("--results", type=Path, default=Path("results"))
     p.add_argument("--again", action="store_true", help="tune and run also what is there")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -181,7 +184,7 @@ def _table(args) -> None: _print_table(args.number, args.results, args.stream, a
 def _compare(args) -> None:
     from treelora.contenders import contend
     from treelora.tables import contest_table
-    paths = contend(args.stream, args.scale, args.methods, args.seeds, args.results, args.root, not args.again, not args.quiet, model=args.model, weights=args.weights)
+    paths = contend(args.stream, args.scale, args.methods, args.seeds, args.results, args.root, not args.again, not args.quiet, args.rates, model=args.model, weights=args.weights, epochs=args.epochs, **_options(args.option))
     print(contest_table(args.results, args.stream, args.scale))
     print(f"\n{len(paths)} results in {args.results / args.stream}/")
 

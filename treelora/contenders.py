@@ -38,17 +38,21 @@ def contend(
     root: str | Path | None = None,  # data folder
     missing_only: bool = True,  # leave out runs whose result is there
     progress: bool = True,
+    rates: str | None = None,  # a stream whose tuned learning rates to take; None: tune on this one
     **settings,  # of `treelora.learner.run`, e.g. epochs, model, weights
 ) -> list[Path]:  # the results' files
-    "Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything starts, for a method that the stream's kind does not have."
+    "Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything starts, for a method that the stream's kind does not have, or for rates that nothing was tuned for."
     kind = get_stream(stream, scale, root=root).kind
     chosen = _known(methods, kind)
+    if rates is not None and not (Path(results) / rates / scale / "tuning.json").exists():
+        raise ValueError(f"There are no learning rates tuned on {rates!r} at the scale {scale!r} in {results}; tune there first, with treelora compare --stream {rates}.")
     common = dict(results=results, missing_only=missing_only, root=root, progress=progress) | ({"precision": fast_precision()} if kind == "language" else {}) | settings
     budgets = [(scale, chosen, {}), (f"{scale}/{SHORT_FOLDER[kind]}", [m for m in chosen if m in SHORT_METHODS[kind]], {"epochs": 1})]
-    for folder, those, epochs in budgets:
+    if settings.get("epochs") == 1: budgets = budgets[:1]  # the second would be the same again
+    for folder, those, epochs in budgets if rates is None else ():
         tune(TUNING_STREAM if stream == "cldr" else stream, scale, [m for m in those if m != "fix"], rates=GRID[kind],
              path=Path(results) / stream / folder / "tuning.json", **(common | epochs))
-    return [_contest(stream, scale, m, seed, folder=folder, **({"curves": 14} if kind == "vision" else {}), **(common | epochs))
+    return [_contest(stream, scale, m, seed, folder=folder, rates=rates or stream, **({"curves": 14} if kind == "vision" else {}), **(common | epochs))
             for seed in seeds for folder, those, epochs in budgets for m in those]  # seeds outermost: what else the machine does disturbs all methods alike
 
 
@@ -59,12 +63,12 @@ def _known(methods: Sequence[str] | None, kind: str) -> Sequence[str]:
     return methods or CONTENDERS[kind]
 
 
-def _contest(stream: str, scale: str, method: str, seed: int, results: str | Path, missing_only: bool, folder: str, **settings) -> Path:
+def _contest(stream: str, scale: str, method: str, seed: int, results: str | Path, missing_only: bool, folder: str, rates: str, **settings) -> Path:
     "One run into one file, unless the file is there and may stay."
     path = result_path(results, stream, folder, method, seed)
     if missing_only and path.exists(): return path
     build = watched(method) if stream == "cldr" and method in WATCHED else method
-    return run(stream, build, scale, seed, lr=tuned_rate(results, stream, folder, method), **settings).save(path)
+    return run(stream, build, scale, seed, lr=tuned_rate(results, rates, folder, method), **settings).save(path)
 
 # %% ../nbs/experiments/44_contenders.ipynb #e225e4c2
 def _scores(results: str | Path, stream: str, scale: str, score: str) -> dict[str, tuple[float, float]]:

@@ -305,16 +305,20 @@ def _filled(
     return TextSet(examples)
 
 # %% ../nbs/continual/16_text.ipynb #7877bde9
-QUICK = 60, 20, 64  # examples to train and to test with, and tokens of answer, at the quick scale
+QUICK = {"trace": (60, 20, 64), "math-llm": (160, 80, 64), "long-15": (60, 20, 16)}  # examples to train and to test with, and tokens of answer, at the quick scale
+QUICK |= {f"cl-benchmark-{i}": QUICK["long-15"] for i in range(1, 7)}
 
 
 def _drawn(
     task: TextTask,
+    n_train: int,
+    n_test: int,
+    max_answer: int,
     seed: int,
 ) -> TextTask:
     "A task at the quick scale: a seeded draw of its examples, in their order, and short answers."
     pick = lambda data, n: TextSet([data[i] for i in sorted(random.Random(seed).sample(range(len(data)), min(n, len(data))))])
-    return TextTask(task.name, pick(task.train, QUICK[0]), pick(task.test, QUICK[1]), task.metric, min(task.max_answer, QUICK[2]), task.labels)
+    return TextTask(task.name, pick(task.train, n_train), pick(task.test, n_test), task.metric, min(task.max_answer, max_answer), task.labels)
 
 
 def _from_folder(
@@ -337,7 +341,7 @@ def _from_folder(
     for task, lacks in skipped.items():
         warnings.warn(f"The stream {name!r} leaves out the task {task!r}, because there is no {' and no '.join(lacks)} in {folder / task}.", stacklevel=5)
     found = [read(folder, t) for t in tasks if t not in skipped]
-    return TextStream(name, scale, seed, [_drawn(t, seed) for t in found] if scale == "quick" else found, tuple(skipped))
+    return TextStream(name, scale, seed, [_drawn(t, *QUICK[name], seed) for t in found] if scale == "quick" else found, tuple(skipped))
 
 # %% ../nbs/continual/16_text.ipynb #69d0c803
 TRACE = {
