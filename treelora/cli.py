@@ -80,6 +80,7 @@ def _add_compare(commands) -> None:
     p.add_argument("--model", help="as in run")
     p.add_argument("--weights", type=Path, help="as in run")
     p.add_argument("--epochs", type=_numbers, help="as in run; with 1, there is only one budget")
+    p.add_argument("--batch-size", type=int)
     p.add_argument("--rates", help="take the learning rates that were tuned on this stream, instead of tuning")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of all methods, such as max_prompt=128; may be given several times")
     p.add_argument("--results", type=Path, default=Path("results"))
@@ -184,7 +185,7 @@ def _table(args) -> None: _print_table(args.number, args.results, args.stream, a
 def _compare(args) -> None:
     from treelora.contenders import contend
     from treelora.tables import contest_table
-    paths = contend(args.stream, args.scale, args.methods, args.seeds, args.results, args.root, not args.again, not args.quiet, args.rates, model=args.model, weights=args.weights, epochs=args.epochs, **_options(args.option))
+    paths = contend(args.stream, args.scale, args.methods, args.seeds, args.results, args.root, not args.again, not args.quiet, args.rates, model=args.model, weights=args.weights, epochs=args.epochs, batch_size=args.batch_size, **_options(args.option))
     print(contest_table(args.results, args.stream, args.scale))
     print(f"\n{len(paths)} results in {args.results / args.stream}/")
 
