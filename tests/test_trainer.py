@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from treelora.algorithm import VARIANTS, TreeLoRA
@@ -36,11 +37,16 @@ def sequences(step, n=40, length=10):
 TASKS = {"up": sequences(1), "down": sequences(-1), "two": sequences(2)}
 
 
+class InOrder(Trainer):
+    "Takes the examples in the order of the data."
+    def _get_train_sampler(self, *args): return SequentialSampler(self.train_dataset)
+
+
 def trainer(tl, callbacks, folder, data=TASKS["up"], model=None, **changes):
     arguments = dict(output_dir=folder, per_device_train_batch_size=SIZE, num_train_epochs=EPOCHS, learning_rate=LR, lr_scheduler_type="constant",
-                     optim="adamw_torch", train_sampling_strategy="sequential", report_to="none", logging_strategy="no", save_strategy="no",
+                     optim="adamw_torch", report_to="none", logging_strategy="no", save_strategy="no",
                      use_cpu=True, disable_tqdm=True) | changes
-    made = Trainer(model or tl.model, TrainingArguments(**arguments), train_dataset=data, callbacks=callbacks)
+    made = InOrder(model or tl.model, TrainingArguments(**arguments), train_dataset=data, callbacks=callbacks)
     made.remove_callback(PrinterCallback)
     return made
 
