@@ -1,4 +1,5 @@
 "Two processes with half of each batch against one with all of it, a process that dies, and what several processes refuse; real processes under torch's launcher."
+import inspect
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ import pytest
 import torch
 from kill_runs import kill_often
 from process_runs import vision
+from torch.distributed.fsdp import fully_shard
 
 from treelora.learner import Shares
+from treelora.shard import repeated_blocks
 
 HERE = Path(__file__).parent
 
@@ -26,9 +29,13 @@ def outcome(out, rank):
     return torch.load(Path(out) / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("case", ["vision", "vision-tails", "language", "language-branch", "bare"])
-def test_two_processes_take_the_steps_of_one(case, tmp_path):
-    launch(case, tmp_path / "two")
+SHARDED = pytest.mark.skipif("ignored_params" not in inspect.signature(fully_shard).parameters, reason="torch before 2.7 cannot shard around adapters")
+CASES = ["vision", "vision-tails", "language", "language-branch", "bare"]
+
+
+@pytest.mark.parametrize("case, settings", [*((c, {}) for c in CASES), *(pytest.param(c, {"shard": True}, marks=SHARDED) for c in CASES[1:4])])
+def test_two_processes_take_the_steps_of_one(case, settings, tmp_path):
+    launch(case, tmp_path / "two", **settings)
     launch(case, tmp_path / "one", 1)
     one, (first, second) = outcome(tmp_path / "one", 0), (outcome(tmp_path / "two", r) for r in range(2))
     for a, b in ((first, second), (first, one)):
@@ -66,6 +73,22 @@ def test_results_are_written_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("treelora on split-digits: OP") == 1
     assert json.loads((tmp_path / "r/split-digits/quick/treelora-seed0.json").read_text())["config"]["processes"] == 2
+
+
+@SHARDED
+def test_a_sharded_run_is_kept_and_goes_on(tmp_path):
+    kept = dict(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=2, shard=True)
+    assert launch("vision", tmp_path / "out", check=False, die=[1, 4], **kept).returncode != 0
+    launch("vision", tmp_path / "out", resume=True, **kept)
+    launch("vision", tmp_path / "whole")
+    resumed, whole = (outcome(tmp_path / name, 0) for name in ("out", "whole"))
+    assert torch.equal(resumed["adapters"], whole["adapters"]) and torch.equal(resumed["R"].nan_to_num(), whole["R"].nan_to_num()) and resumed["restarts"] == 1
+
+
+def test_what_sharding_refuses():
+    with pytest.raises(ValueError, match="There is one process, so there is nothing to share|needs torch 2.7"): vision(shard=True)
+    with pytest.raises(ValueError, match="compile=True and shard=True do not go together"): vision(shard=True, compile=True)
+    with pytest.raises(ValueError, match="has no stack of blocks of one kind"): repeated_blocks(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # %% ../nbs/continual/13b_checkpoint.ipynb #c13b0007
 def write_file(
@@ -325,8 +326,8 @@ class Weights:
 
 
 def _all(model: nn.Module) -> dict[str, torch.Tensor]:
-    "Parameters and buffers by name."
-    return dict(model.named_buffers()) | dict(model.named_parameters())
+    "Parameters and buffers by name, but for sharded ones: those are frozen, and no process has them whole."
+    return {n: x for n, x in (*model.named_buffers(), *model.named_parameters()) if not isinstance(x, DTensor)}
 
 
 @torch.no_grad()
@@ -343,9 +344,9 @@ def fingerprint(
 ) -> str:
     "A short hash of a model's names, shapes and a sample of each frozen weight; the same on every machine."
     digest = hashlib.sha256()
-    for name, x in sorted(_all(model).items()):
+    for name, x in sorted((*model.named_buffers(), *model.named_parameters())):
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        flat = x.detach().reshape(-1)
+        flat = (x.full_tensor() if isinstance(x, DTensor) else x).detach().reshape(-1)  # a sharded weight is put together
         if name not in skip and len(flat): digest.update(flat[:: max(1, len(flat) // 256)][:256].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -48,6 +48,7 @@ def _add_run(commands) -> None:
     p.add_argument("--ahead", action="store_true", help="compute what lies below the adapters once a task (with --option place=last or layers=10)")
     p.add_argument("--stop-loss", type=float, metavar="LOSS", help="end a task's training when its loss has come down to this")
     p.add_argument("--compile", action="store_true", help="compile the model's blocks for training")
+    p.add_argument("--shard", action="store_true", help="cut the frozen weights up over the processes that torchrun has started")
     p.add_argument("--curves", type=int, default=0, help="points of the learning curve of each task")
     p.add_argument("--results", type=Path, default=Path("results"), help="folder for the result")
     p.add_argument("--resume", action="store_true", help="write checkpoints, and go on from the latest one if there is any")
@@ -132,7 +133,7 @@ def _run(args) -> None:
     path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
     check_writable(path.parent)
     result = run(args.stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
-                 args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, **_options(args.option))
+                 args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, **_options(args.option))
     if not is_main_process(): return
     result.save(path)
     scores = result.as_dict()["scores"]

@@ -33,6 +33,7 @@ from .ahead import activations
 from .checkpoint import (Checkpoints, Packer, Weights, check_writable, fingerprint, peft_names, random_states, read_peft, replace_file,
                                  restore_random_states, write_peft)
 from .models import get_model, model_for
+from .shard import repeated_blocks, shard_frozen
 from .streams import Stream, get_stream
 
 # %% ../nbs/continual/13_learner.ipynb #a30c8295
@@ -186,6 +187,7 @@ class Learner:
         ahead: bool = False,  # whether to compute the activations below the adapters once a task (`treelora.ahead`)
         stop_loss: float | None = None,  # end a task's training when its loss has come down to this
         compile: bool = False,  # whether to compile the model's blocks for training
+        shard: bool = False,  # whether to cut the frozen weights up over the processes (`treelora.shard`)
     ):
         self.epochs = _epochs(epochs, len(stream))
         for what, value in (("epochs", min(self.epochs)), ("batch_size", batch_size), ("lr", lr)):
@@ -193,11 +195,13 @@ class Learner:
         if stop_loss is not None and not stop_loss > 0: raise ValueError(f"stop_loss={stop_loss} must be positive: training ends when the loss has come down to it.")
         if schedule not in ("constant", "cosine"): raise ValueError(f"Unknown schedule {schedule!r}; known are constant, cosine.")
         self.stream, self.method, self.batch_size, self.lr, self.seed = stream, method, batch_size, lr, seed
-        self.n_curve, self.progress, self.schedule, self.ahead, self.stop_loss, self.compile = curves, progress, schedule, ahead, stop_loss, compile
+        self.n_curve, self.progress, self.schedule, self.ahead, self.stop_loss, self.compile, self.shard = curves, progress, schedule, ahead, stop_loss, compile, shard
+        if compile and shard: raise ValueError("compile=True and shard=True do not go together: a compiled block would have to put itself together; leave one of them out.")
         if ahead: method.prepare_ahead()
         if compile: compile_blocks(method.model)
         self.accelerator, self.watch = _accelerator(precision), Stopwatch()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if shard: shard_frozen(method.model)
         method.model = self.accelerator.prepare(method.model) if self.world == 1 else self.accelerator.prepare_model(method.model, evaluation_mode=True)
         self.R = np.full((len(stream), len(stream)), np.nan)
         self.curves, self.per_task, self.steps, self.samples, self.done = [], [], [], 0, 0  # done: how many stages are over
@@ -363,8 +367,8 @@ class Learner:
     def _evaluate(self, tasks: list[int]) -> None:
         "One row of R: all tasks seen so far."
         row = torch.zeros(tasks[-1] + 1, dtype=torch.float64, device=self.device if self.world > 1 else None)
-        for i in range(self.rank, len(row), self.world): row[i] = self._score(self.stream[i])  # each process measures some of them
-        if self.world > 1: self._reduce(row)
+        for i in range(len(row)) if self.shard else range(self.rank, len(row), self.world): row[i] = self._score(self.stream[i])  # each process measures some of them
+        if self.world > 1 and not self.shard: self._reduce(row)
         self.R[tasks[-1], :len(row)] = row.cpu().numpy()
 
     @torch.no_grad()
@@ -387,16 +391,13 @@ def _accelerator(precision: str) -> Accelerator:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     accelerator = Accelerator(mixed_precision=precision, cpu=several and not torch.cuda.is_available())  # cpu: gloo, which torch's launcher does not ask for by itself
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"The learner needs each gradient as a whole; {accelerator.distributed_type.value} cuts it up. Start it with plain data-parallel processes: accelerate launch --multi_gpu, or torchrun.")
+        raise ValueError(f"The learner needs each gradient as a whole; {accelerator.distributed_type.value} cuts it up. Start it with plain data-parallel processes: accelerate launch --multi_gpu, or torchrun; shard=True then cuts up the frozen weights alone.")
     return accelerator
 
 
 def compile_blocks(model: torch.nn.Module) -> None:
     "Compile the repeated blocks of a model in place, each by itself: names and classes stay. Raises ValueError when there are none."
-    stacks = [m for m in model.modules() if isinstance(m, (torch.nn.ModuleList, torch.nn.Sequential)) and len(m) > 1 and len({type(block) for block in m}) == 1]
-    blocks = [block for stack in stacks[:1] for block in stack]
-    if not blocks: raise ValueError(f"{type(model).__name__} has no stack of blocks of one kind, so there is nothing to compile block by block.")
-    for block in blocks: block.compile()
+    for block in repeated_blocks(model): block.compile()
 
 
 WINDOW = 8  # steps whose mean loss decides whether a task is solved
@@ -571,6 +572,7 @@ def run(
     ahead: bool = False,  # compute what lies below the adapters once a task, not in every epoch
     stop_loss: float | None = None,  # end a task's training when the mean loss of its last steps has come down to this
     compile: bool = False,  # compile the model's blocks for training
+    shard: bool = False,  # cut the frozen weights up over the processes, for models that one cannot hold
     curves: int = 0,  # points of the learning curve of each task
     progress: bool = True,  # show bars
     checkpoints: str | Path | None = None,  # folder for checkpoints; None: none are written
@@ -590,10 +592,10 @@ def run(
     set_seed(seed)
     backbone, name = BACKBONES[stream.kind](stream, model, seed, weights, precision)
     learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision,
-                      ahead=ahead, stop_loss=stop_loss, compile=compile, **chosen)
+                      ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, **chosen)
     if checkpoints is not None: learner.keeper = Keeper(learner, checkpoints, checkpoint_every, resume)
     with learner.watch("total"): learner.fit()
-    faster = {k: v for k, v in dict(ahead=ahead, stop_loss=stop_loss, compile=compile).items() if v}
+    faster = {k: v for k, v in dict(ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard).items() if v}
     return _result(learner, {"stream": stream.name, "kind": stream.kind, "method": build.name, "scale": scale, "seed": seed, "model": name, "precision": precision} | chosen | faster)
 
 
