@@ -292,6 +292,36 @@ def _digits(
         "split-digits", images[train], data.target[train], images[test], data.target[test], classes_per_task=2,
         seed=seed, class_order=range(10), scale=scale, task_name=lambda i, names: "-".join(["digits", *names]))
 
+# %% ../nbs/continual/11_streams.ipynb #5a4d0102
+VIEWS = 10
+
+
+def _permuted(
+    images: torch.Tensor,  # (n, 1, 16, 16)
+    view: int,  # 0 to 9; 0: as they are
+) -> torch.Tensor:  # (n, 1, 16, 16)
+    "The 4 x 4 patches of each image in the view's order."
+    order = torch.arange(16) if view == 0 else torch.randperm(16, generator=torch.Generator().manual_seed(view))
+    patches = F.unfold(images, kernel_size=4, stride=4)  # (n, 16 numbers, 16 patches)
+    return F.fold(patches[:, :, order], output_size=16, kernel_size=4, stride=4)
+
+
+def _permuted_digits(
+    scale: str,
+    seed: int,
+    root: Path | None,  # unused: the images come with scikit-learn
+    tasks: str = "50",
+) -> TaskStream:
+    "Pairs of digits in ten views, in an order drawn by the seed; `ValueError` for a number of tasks that is none, or not from 1 to 50."
+    pairs, count = _digits(scale, seed, root), int(tasks) if tasks.isdigit() else 0
+    if not 1 <= count <= VIEWS * len(pairs): raise ValueError(f"permuted-digits has 1 to {VIEWS * len(pairs)} tasks, not {tasks!r}; ask for permuted-digits:20, or leave the number out.")
+    order = np.random.default_rng(seed).permutation(VIEWS * len(pairs))[:count]
+    found = []
+    for i, (view, pair) in enumerate(divmod(int(k), len(pairs)) for k in order):
+        sets = (ImageSet(_permuted(data.images, view), data.labels - pairs[pair].classes[0] + 2 * i) for data in (pairs[pair].train, pairs[pair].test))
+        found.append(Task(f"view{view}-{pairs[pair].name.removeprefix('digits-')}", (2 * i, 2 * i + 1), *sets, pairs[pair].class_names))
+    return TaskStream("permuted-digits", scale, seed, found)
+
 # %% ../nbs/continual/11_streams.ipynb #11345b08
 def _read_idx(
     path: Path,  # a gzipped IDX file of bytes
@@ -485,6 +515,7 @@ def register_stream(
 
 
 register_stream("split-digits", ["quick"], _digits)
+register_stream("permuted-digits", ["quick"], _permuted_digits, "how many tasks, 1 to 50, as in 'permuted-digits:20'")
 register_stream("split-fashion-mnist", ["quick", "small"], _fashion)
 register_stream("split-tiny-imagenet", ["small"], _tiny)
 
