@@ -26,7 +26,7 @@ def bytes_of(paths: list[Path]) -> dict[str, bytes]: return {p.name: p.read_byte
 def test_the_command_twice_gives_the_same_bytes(vision_results, tmp_path, capsys):
     for out in "ab": assert main(["figures", "--results", str(vision_results), "--out", str(tmp_path / out)]) == 0
     first, again = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in "ab")
-    assert first == again and len(first) == 9  # four figures of two kinds, and the captions
+    assert first == again and len(first) == 11  # five figures of two kinds, and the captions
     for name, data in first.items():
         if name.endswith("svg"): assert b"<dc:date>" not in data and b"Matplotlib v" not in data, name
     capsys.readouterr()
@@ -80,7 +80,7 @@ def test_all_tables_stand_without_results(tmp_path):
     for n in range(1, 14): assert f"Table {n}:" in str(table(n, tmp_path)), n
 
 
-@pytest.mark.parametrize("n, place", [(1, DIGITS), (4, DIGITS), (5, DIGITS), (6, STREAMS[6]), (7, STREAMS[7]), (8, DIGITS)])
+@pytest.mark.parametrize("n, place", [(1, DIGITS), (3, DIGITS), (4, DIGITS), (5, DIGITS), (6, STREAMS[6]), (7, STREAMS[7]), (8, DIGITS)])
 def test_missing_results_say_which_command_makes_them(n, place, tmp_path):
     for draw in (figure, caption):
         with pytest.raises(FileNotFoundError, match="treelora figures --run missing --stream {} --scale {}`".format(*place)): draw(n, tmp_path)
@@ -97,7 +97,7 @@ def test_figures_without_their_part_of_the_results(vision_results, tmp_path):
         warnings.simplefilter("always")
         paths = save_all(vision_results, tmp_path / "f")
     assert {p.name for p in paths} == {"figure4.svg", "figure4.png"}
-    assert [str(w.message).partition(" is left out")[0] for w in said] == [f"Figure {n} of split-digits" for n in (1, 5, 8)]
+    assert [str(w.message).partition(" is left out")[0] for w in said] == [f"Figure {n} of split-digits" for n in (1, 3, 5, 8)]
 
 
 def test_figure_6_joins_once_its_stream_was_run(vision_results, tmp_path):

@@ -56,13 +56,14 @@ def results(tmp_path):
     for method, op in (("seqlora", 0.2), ("treelora", 0.9)):
         for seed in (0, 1):
             result = fake_result(method, seed, op + 0.02 * seed, trees if method == "treelora" else ())
+            if method == "treelora": result["extra"] = {"picks_of_last_task": [[3], [5]]}
             (folder / f"{method}-seed{seed}.json").write_text(json.dumps(result))
     return tmp_path / "results"
 
 
 def test_figures_from_files(results, tmp_path):
     paths = save_all(results, tmp_path / "figures")
-    assert {p.name for p in paths} == {f"figure{n}.{s}" for n in (1, 4, 5, 8) for s in ("svg", "png")}
+    assert {p.name for p in paths} == {f"figure{n}.{s}" for n in (1, 3, 4, 5, 8) for s in ("svg", "png")}
     assert all(p.stat().st_size > 1000 for p in paths)
     first = [p.read_bytes() for p in paths]
     assert [p.read_bytes() for p in save_all(results, tmp_path / "figures")] == first
@@ -91,7 +92,7 @@ def test_missing_and_broken_results(results, tmp_path):
 def test_command_line(results, tmp_path, capsys):
     assert main(["table", "1", "--results", str(results)]) == 0 and "TreeLoRA" in capsys.readouterr().out
     assert main(["figures", "--results", str(results), "--out", str(tmp_path / "f")]) == 0
-    assert "8 files" in capsys.readouterr().out
+    assert "10 files" in capsys.readouterr().out
     assert main(["streams"]) == 0 and "split-tiny-imagenet" in capsys.readouterr().out
     assert main(["run", "--stream", "none", "--quiet"]) == 2 and "split-digits" in capsys.readouterr().err
     assert main(["run", "--stream", "split-fashion-mnist", "--root", str(tmp_path / "none")]) == 2

@@ -197,12 +197,12 @@ def _speed(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     ax.set(xlabel="samples a second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
 
 # %% ../nbs/figures/50_figures.ipynb #41321e9a
-def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> None:
+def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> dict[str, tuple[float, float]]:  # task -> where its leaf is
     "A tree from its groups at each depth; a group that no level divides further is a leaf."
     levels = [level for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
     order = [task for leaf in _leaves(levels) for task in leaf]
     place = {task: i for i, task in enumerate(order)}
-    x = lambda group: np.mean([place[t] for t in group])
+    x, leaves = lambda group: np.mean([place[t] for t in group]), {}
     for d, level in enumerate(levels):
         for group in level:
             if d and group in levels[d - 1]: continue
@@ -210,9 +210,11 @@ def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], 
             below = [g for g in levels[d + 1] if set(g) < set(group)] if inner else []
             for child in below: ax.plot([x(group), x(child), x(child)], [-d, -d, -d - 1], color="0.6", lw=1.1, zorder=1)
             ax.plot(x(group), -d, "o", color="0.4" if inner else LOOKS["treelora"][1], ms=4, zorder=2)
+            if not inner: leaves |= dict.fromkeys(group, (x(group), -d))
             if not inner: ax.annotate("\n".join(map(short, group)), (x(group), -d), ha="center", va="top", xytext=(0, -4), textcoords="offset points", fontsize=7.5)
     ax.set_axis_off()
     ax.set(xlim=(-0.7, len(order) - 0.3), ylim=(-len(levels) + 0.2, 0.3))
+    return leaves
 
 
 def _leaves(levels: list[list[list[str]]]) -> list[list[str]]:
@@ -226,6 +228,25 @@ def _leaves(levels: list[list[list[str]]]) -> list[list[str]]:
 def _short(name: str) -> str:
     "A task's name without its data set: digits-4-5 becomes 4, 5."
     return ", ".join(p for p in name.split("-") if p.isdigit()) or name
+
+
+def _figure_3(found: dict) -> Figure:
+    "The last task below the branches that its search chose, first seed; a line's width is the share of rounds and layers."
+    run = _with_trees(found)
+    if len(run["trees"]) < 2 or "picks_of_last_task" not in run.get("extra", {}): raise FileNotFoundError(f"No saved picks of a search among earlier tasks; make them with `{_run_command(found)}`.")
+    share = np.sum(run["extra"]["picks_of_last_task"], axis=0) / np.sum(run["extra"]["picks_of_last_task"])  # (N - 1,)
+    fig = new_figure(figsize=(3.4, 2.8))
+    ax = fig.subplots()
+    leaves = draw_groups(ax, run["trees"][-2]["groups"], _short)
+    middle, low = np.mean([at[0] for at in leaves.values()]), min(at[1] for at in leaves.values()) - 1.4
+    for task, part in zip(run["tasks"], share):
+        (x, y), color = leaves[task], LOOKS["treelora"][1]
+        ax.plot([middle, x], [low, y - 0.35], color=color, lw=0.3 + 8 * part, alpha=0.5, solid_capstyle="round")
+        ax.annotate(f"{100 * part:.0f} %", ((middle + 2 * x) / 3, (low + 2 * (y - 0.35)) / 3), ha="center", va="center", fontsize=6.5, bbox=dict(fc="white", ec="none", pad=0.6))
+    ax.plot(middle, low, "s", color=LOOKS["treelora"][1], ms=6)
+    ax.annotate(f"new task: {_short(run['tasks'][-1])}", (middle, low), ha="center", va="top", xytext=(0, -5), textcoords="offset points", fontsize=7.5)
+    ax.set_ylim(low - 0.45, 0.3)
+    return fig
 
 
 def _figure_5(found: dict) -> Figure:
@@ -250,14 +271,17 @@ def _figure_8(found: dict) -> Figure:
     return fig
 
 
-def _trees(found: dict) -> list[dict]:
-    "The trees of the first seed of TreeLoRA."
+def _trees(found: dict) -> list[dict]: return _with_trees(found)["trees"]
+
+
+def _with_trees(found: dict) -> dict:
+    "The first seed of TreeLoRA, with its trees. Raises FileNotFoundError when there is none."
     runs = [r for m in ("treelora", "treelora-branch") for r in found.get(m, []) if r["trees"]]
     if not runs: raise FileNotFoundError(f"No saved trees; make them with `{_run_command(found)}`.")
-    return runs[0]["trees"]
+    return runs[0]
 
 # %% ../nbs/figures/50_figures.ipynb #314f5955
-FIGURES = {1: _figure_1, 4: _figure_4, 5: _figure_5, 6: _figure_4, 7: _figure_4, 8: _figure_8}
+FIGURES = {1: _figure_1, 3: _figure_3, 4: _figure_4, 5: _figure_5, 6: _figure_4, 7: _figure_4, 8: _figure_8}
 STREAMS = {6: ("split-fashion-mnist", "quick"), 7: ("split-tiny-imagenet", "small")}  # Fig. 4 elsewhere; the paper's are ImageNet-R and CUB-200
 
 
@@ -268,7 +292,7 @@ def _place(n: int, stream: str | None, scale: str | None) -> tuple[str, str]:
 
 
 def figure(
-    n: int,  # number in the paper: 1, 4, 5, 6, 7 or 8
+    n: int,  # number in the paper: 1, 3, 4, 5, 6, 7 or 8
     results: str | Path = "results",
     stream: str | None = None,  # None: the digits; Fashion-MNIST for 6, Tiny-ImageNet for 7
     scale: str | None = None,  # None: quick; small for Tiny-ImageNet
@@ -291,6 +315,7 @@ def caption(
     runs = [r for rows in found.values() for r in rows]
     what = {1: "Test accuracy on the last task against the samples of it seen so far, among its own classes.",
             4: f"(a) Mean {score_name(found).removesuffix(', %')} over the tasks seen so far; (b) training time; (c) final score against speed.",
+            3: "The last task below the branches that its search chose: each line's width is the share of rounds and layers that looked at that task.",
             5: "The tree of tasks after the last one.", 8: "The tree of tasks after each task."}[4 if n in STREAMS else n]
     seeds = sorted({r["config"]["seed"] for r in runs})
     return (f"{what} Stream {stream}, backbone {runs[0]['config']['model']}, {runs[0]['config']['epochs']} epochs a task, seeds {', '.join(map(str, seeds))}"
@@ -317,10 +342,10 @@ def save_all(
     stream: str = "split-digits",
     scale: str = "quick",
 ) -> list[Path]:
-    """Draw and save figures 1, 4, 5 and 8 of a stream, with the digits also 6 and 7 where their streams were run, and their captions. A figure
+    """Draw and save figures 1, 3, 4, 5 and 8 of a stream, with the digits also 6 and 7 where their streams were run, and their captions. A figure
     without its part of the results is named in a warning and left out; raises FileNotFoundError without any."""
     load_results(results, stream, scale)
-    suffix, places = "" if stream == "split-digits" else f"-{stream}", {n: (stream, scale) for n in (1, 4, 5, 8)}
+    suffix, places = "" if stream == "split-digits" else f"-{stream}", {n: (stream, scale) for n in (1, 3, 4, 5, 8)}
     if not suffix: places |= {n: place for n, place in STREAMS.items() if read_results(results, *place)}
     paths, captions = [], []
     for n, place in sorted(places.items()):
