@@ -546,7 +546,7 @@ def c16(evidence: Evidence) -> Finding:
     low, high = min(n for _, n in time), max(n for _, n in time)
     grows = {s: time[s, high] / time[s, low] for s in ("tree-lcb", "bast")}
     verdict = HOLDS if grows["tree-lcb"] < 2 else PARTLY if grows["bast"] < 5 else FAILS
-    return Finding(verdict, f"from {low:,} to {high:,} tasks a round of Eq. 2 takes {grows['tree-lcb']:.0f}x as long, with bounds kept along the path {grows['bast']:.1f}x; gradients compared in a round: one for each layer", f"64 layers, {_device(table)}")
+    return Finding(verdict, f"from {low:,} to {high:,} tasks a round of Eq. 2 takes {grows['tree-lcb']:.1f}x as long, with bounds kept along the path {grows['bast']:.1f}x; gradients compared in a round: one for each layer", f"64 layers, {_device(table)}")
 
 # %% ../nbs/report.ipynb #rep0111
 @dataclass(frozen=True)
