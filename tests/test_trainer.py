@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import SequentialSampler
@@ -15,6 +17,16 @@ from treelora.algorithm import VARIANTS, TreeLoRA
 from treelora.trainer import Batches, TreeLoraCallback, restore_task, task_state
 
 SIZE, EPOCHS, LR = 8, 2, 0.01
+
+
+OLD = int(transformers.__version__.split(".")[0]) < 5
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    "Transformers 4 leaves a Trainer's precision behind for the next one in the process."
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_model(dropout=0.0):
@@ -114,9 +126,11 @@ def test_same_as_the_bare_loop(form, tmp_path):
 @pytest.mark.parametrize("setting, form", [(s, f) for s in ("accumulate", "clip", "bf16", "checkpointing") for f in ("l1", "fresh")]
                          + [("no clip", "l1"), ("accumulate", "dot"), ("accumulate", "loss"), ("checkpointing", "prox")])
 def test_same_in_every_setting(form, setting, tmp_path):
+    if OLD and setting == "bf16": pytest.skip("the Trainer of transformers 4 rounds the loss in bf16, too")
+    word = "gradient" if OLD else "activation"
     changes, loop = {"accumulate": (dict(gradient_accumulation_steps=2), dict(accumulate=2)), "clip": (dict(max_grad_norm=0.01), dict(clip=0.01)),
                      "no clip": (dict(max_grad_norm=0), dict(clip=None)), "bf16": (dict(bf16=True), dict(autocast=True)),
-                     "checkpointing": (dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False}), {})}[setting]
+                     "checkpointing": ({f"{word}_checkpointing": True, f"{word}_checkpointing_kwargs": {"use_reentrant": False}}, {})}[setting]
     a, b = (TreeLoRA(tiny_model(), **FORMS[form]) for _ in range(2))
     for tl in (a, b): tl.model.enable_input_require_grads()
     names = ["up", "down"]
@@ -138,7 +152,7 @@ class Scaled(TrainerCallback):
 
 
 @pytest.mark.parametrize("form", ["l1", "prox"])
-@pytest.mark.parametrize("power, overflows", [(16, False), (68, True)])
+@pytest.mark.parametrize("power, overflows", [(16, False), pytest.param(68, True, marks=pytest.mark.skipif(OLD, reason="the Trainer of transformers 4 takes no norm without clipping"))])
 def test_grad_scaler(form, power, overflows, tmp_path):
     "Scales that are powers of two change nothing but the steps that overflow (here: in the gradient's norm); those are no rounds."
     a, b = (TreeLoRA(tiny_model(), **FORMS[form]) for _ in range(2))
