@@ -41,3 +41,13 @@ def test_methods_of_the_other_kind():
     with pytest.raises(ValueError, match="ogd is not among the contenders for vision"): contend(methods=["ogd"], progress=False)
     assert main(["compare", "--methods", "fix", "--quiet"]) == 2
     assert not set(CONTENDERS["vision"]) - set(CONTENDERS["language"]) - {"hideprompt", "inflora", "joint"}
+
+
+def test_rates_of_another_stream(tmp_path):
+    (tmp_path / "other" / "quick").mkdir(parents=True)
+    (tmp_path / "other" / "quick" / "tuning.json").write_text('{"lr": {"seqlora": 0.003}}')
+    ask = dict(stream="tiny-squares", methods=["seqlora"], seeds=[0], results=tmp_path, progress=False)
+    paths = contend(**ask, rates="other", epochs=1)
+    assert [p.relative_to(tmp_path / "tiny-squares/quick").name for p in paths] == ["seqlora-seed0.json"] and not (tmp_path / "tiny-squares" / "quick" / "tuning.json").exists()
+    assert json.loads(paths[0].read_text())["config"]["lr"] == 0.003
+    with pytest.raises(ValueError, match="no learning rates tuned on 'nothing'"): contend(**ask, rates="nothing")

@@ -262,6 +262,16 @@ def test_commands_name_functions_that_exist(tmp_path):
             if (ROOT / "treelora" / f"{module.partition('.')[2]}.py").exists(): assert hasattr(import_module(module), name), command
 
 
+@pytest.mark.parametrize("gains, verdict", [({"math-llm": (0.1, 0.1, 0.11)}, PARTLY), ({"math-llm": (0.3, -0.3, 0.1)}, FAILS), ({"math-llm": (0.1, 0.1)}, UNTESTED),
+                                            ({"math-llm": (0.1, 0.1, 0.1), "trace": (0.05, 0.05, 0.05)}, HOLDS), ({"math-llm": (0.1, 0.1, 0.1), "trace": (0.2, 0.2, 0.2)}, FAILS),
+                                            ({"math-llm": (0.1, 0.1, 0.1), "trace": (0.2,)}, PARTLY)])
+def test_c11_compares_gains(gains, verdict, tmp_path):
+    for stream, each in gains.items():
+        for seed, gain in enumerate(each):
+            for method, score in (("seqlora", 0.4), ("treelora", 0.4 + gain)): put(tmp_path, fake(method, seed, score, stream=stream))
+    assert one("C11", tmp_path).verdict == verdict
+
+
 def test_c10_reads_the_trees(tmp_path):
     "A saved tree that is the family tree holds, one that is not does not."
     tasks = ["es", "de", "pt", "nl"]
