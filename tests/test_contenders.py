@@ -51,3 +51,4 @@ def test_rates_of_another_stream(tmp_path):
     assert [p.relative_to(tmp_path / "tiny-squares/quick").name for p in paths] == ["seqlora-seed0.json"] and not (tmp_path / "tiny-squares" / "quick" / "tuning.json").exists()
     assert json.loads(paths[0].read_text())["config"]["lr"] == 0.003
     with pytest.raises(ValueError, match="no learning rates tuned on 'nothing'"): contend(**ask, rates="nothing")
+    with pytest.raises(ValueError, match="no learning rates tuned on 'other' for gem"): contend(**ask | {"methods": ["seqlora", "gem"]}, rates="other", epochs=1)

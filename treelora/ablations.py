@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .bandit import SEARCHES
 from .checkpoint import replace_file
 from .experiments import tuned_rate
-from .experiments_llm import agreement
+from .experiments_llm import agreement, saved_kinship
 from .figures import load_results, look, new_figure, style
 from .learner import run, where
 from .streams import get_stream
@@ -177,6 +177,4 @@ def view_agreement(
     result: dict,  # a saved run on `permuted-digits` of a method with a tree
 ) -> float:  # share of the triples
     "How well the final tree knows which tasks share a view."
-    places = [{task: i for i, group in enumerate(level) for task in group} for level in result["trees"][-1]["groups"]]
-    together = lambda a, b: sum(a in place and b in place and place[a] == place[b] for place in places)
-    return agreement(together, lambda a, b: a.split("-")[0] == b.split("-")[0], result["tasks"])
+    return agreement(saved_kinship(result), lambda a, b: a.split("-")[0] == b.split("-")[0], result["tasks"])

@@ -44,16 +44,22 @@ def contend(
     "Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything starts, for a method that the stream's kind does not have, or for rates that nothing was tuned for."
     kind = get_stream(stream, scale, root=root).kind
     chosen = _known(methods, kind)
-    if rates is not None and not (Path(results) / rates / scale / "tuning.json").exists():
-        raise ValueError(f"There are no learning rates tuned on {rates!r} at the scale {scale!r} in {results}; tune there first, with treelora compare --stream {rates}.")
     common = dict(results=results, missing_only=missing_only, root=root, progress=progress) | ({"precision": fast_precision()} if kind == "language" else {}) | settings
     budgets = [(scale, chosen, {}), (f"{scale}/{SHORT_FOLDER[kind]}", [m for m in chosen if m in SHORT_METHODS[kind]], {"epochs": 1})]
     if settings.get("epochs") == 1: budgets = budgets[:1]  # the second would be the same again
+    if rates is not None: _check_rates(results, rates, budgets)
     for folder, those, epochs in budgets if rates is None else ():
         tune(TUNING_STREAM if stream == "cldr" else stream, scale, [m for m in those if m != "fix"], rates=GRID[kind],
              path=Path(results) / stream / folder / "tuning.json", **(common | epochs))
     return [_contest(stream, scale, m, seed, folder=folder, rates=rates or stream, **({"curves": 14} if kind == "vision" else {}), **(common | epochs))
             for seed in seeds for folder, those, epochs in budgets for m in those]  # seeds outermost: what else the machine does disturbs all methods alike
+
+
+def _check_rates(results: str | Path, rates: str, budgets: Sequence[tuple]) -> None:
+    "Raise ValueError when a method's learning rate was not tuned on the stream whose rates are wanted."
+    for folder, those, _ in budgets:
+        if lacking := [m for m in those if m != "fix" and tuned_rate(results, rates, folder, m) is None]:
+            raise ValueError(f"There are no learning rates tuned on {rates!r} for {', '.join(lacking)} in {results}/{rates}/{folder}; tune there first, with treelora compare --stream {rates} --methods {' '.join(lacking)}.")
 
 
 def _known(methods: Sequence[str] | None, kind: str) -> Sequence[str]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'FORMS', 'TUNED', 'WATCHED', 'TEXT_RATES', 'TUNING_STREAM', 'LAMBDAS', 'closest_pair', 'agreement',
-           'family_kinship', 'tree_kinship', 'Watch', 'watched', 'tree_from_gram', 'family_agreement', 'fast_precision',
-           'tune_language', 'language_rate', 'run_language_set', 'in_family', 'language_bars', 'mean_agreement']
+           'family_kinship', 'tree_kinship', 'saved_kinship', 'Watch', 'watched', 'tree_from_gram', 'family_agreement',
+           'fast_precision', 'tune_language', 'language_rate', 'run_language_set', 'in_family', 'language_bars',
+           'mean_agreement']
 
 # %% ../nbs/experiments/41_llm.ipynb #33fd7082
 from collections.abc import Callable, Hashable, Sequence
@@ -53,6 +54,14 @@ def family_kinship(a: str, b: str) -> int:
 def tree_kinship(tree: TaskTree) -> Callable[[Hashable, Hashable], int]:
     "How many nodes of a learned tree two tasks share."
     return lambda a, b: sum(x == y for x, y in zip(tree.path(a), tree.path(b)))
+
+
+def saved_kinship(
+    run: dict,  # a saved run of a method with a tree
+) -> Callable[[str, str], int]:
+    "On how many levels of a run's last tree two tasks share a group."
+    levels = [{task: i for i, group in enumerate(level) for task in group} for level in run["trees"][-1]["groups"]]
+    return lambda a, b: sum(a in level and b in level and level[a] == level[b] for level in levels)
 
 # %% ../nbs/experiments/41_llm.ipynb #a3f1830c
 class Watch:

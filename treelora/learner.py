@@ -367,7 +367,7 @@ class Learner:
     def _evaluate(self, tasks: list[int]) -> None:
         "One row of R: all tasks seen so far."
         row = torch.zeros(tasks[-1] + 1, dtype=torch.float64, device=self.device if self.world > 1 else None)
-        for i in range(len(row)) if self.shard else range(self.rank, len(row), self.world): row[i] = self._score(self.stream[i])  # each process measures some of them
+        for i in range(len(row)) if self.shard else range(self.rank, len(row), self.world): row[i] = self._score(self.stream[i])  # each process measures some of them; a sharded model needs all at once
         if self.world > 1 and not self.shard: self._reduce(row)
         self.R[tasks[-1], :len(row)] = row.cpu().numpy()
 

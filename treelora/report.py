@@ -399,19 +399,13 @@ def c9(evidence: Evidence) -> Finding:
     return Finding(verdict, "adapted blocks, " + ", ".join(f"{_number(label):.0f}: {mean(found[label]):.1f}" for label in ordered) + f"; last over first {whole}", on)
 
 # %% ../nbs/report.ipynb #rep0081
-def _saved_kinship(run: dict) -> Callable[[str, str], int]:
-    "On how many levels of a run's last tree two tasks share a group."
-    levels = run["trees"][-1]["groups"]
-    return lambda a, b: sum(any(a in group and b in group for group in level) for level in levels)
-
-
 def c10(evidence: Evidence) -> Finding:
     """On six languages, whose families are known: the share of triples on which a tree has the same closest pair as the family tree (chance: a third). Holds when it is two thirds or more for the last tree of the
     paper's form (`l1` cuts, from the input); partly when only for another tree from the same kind of signatures: this project's (`axis` cuts, from the output), or one from gradients that were all taken from the same start."""
     runs = evidence.runs(TEXT)
     if len(runs.get("treelora", ())) < ENOUGH: raise Missing(f"treelora figures --run missing --stream {TEXT}")
-    from treelora.experiments_llm import agreement, family_agreement, family_kinship  # here: the other rules need no models
-    agreed = {m: [agreement(_saved_kinship(r), family_kinship, r["tasks"]) for r in runs[m].values() if r["trees"]] for m in ("treelora", "treelora-branch") if m in runs}
+    from treelora.experiments_llm import agreement, family_agreement, family_kinship, saved_kinship  # here: the other rules need no models
+    agreed = {m: [agreement(saved_kinship(r), family_kinship, r["tasks"]) for r in runs[m].values() if r["trees"]] for m in ("treelora", "treelora-branch") if m in runs}
     agreed["gradients from the same start, layers near the output"] = [family_agreement(r)["grad", "near output"] for r in runs.get("alone", {}).values() if "gram" in r.get("extra", {})]
     share = {m: float(np.mean(x)) for m, x in agreed.items() if len(x) >= ENOUGH}
     if "treelora" not in share: raise Missing(f"treelora figures --run missing --stream {TEXT}")
