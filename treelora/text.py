@@ -306,7 +306,7 @@ def _filled(
 
 # %% ../nbs/continual/16_text.ipynb #7877bde9
 QUICK = {"trace": (60, 20, 64), "math-llm": (160, 80, 64), "long-15": (60, 20, 16)}  # examples to train and to test with, and tokens of answer, at the quick scale
-QUICK |= {f"cl-benchmark-{i}": (160, 80, 16) if i < 4 else QUICK["long-15"] for i in range(1, 7)}  # four tasks, or fifteen
+QUICK |= {f"cl-benchmark-{i}": (120, 50, 16) if i < 4 else QUICK["long-15"] for i in range(1, 7)}  # four tasks, or fifteen
 
 
 def _drawn(
