@@ -272,6 +272,25 @@ def test_c11_compares_gains(gains, verdict, tmp_path):
     assert one("C11", tmp_path).verdict == verdict
 
 
+ORDERS = [f"cl-benchmark-{k}" for k in range(1, 7)]
+
+
+@pytest.mark.parametrize("streams, scale, lead, verdict", [
+    (["cl-benchmark-1"], "quick", 0.1, PARTLY), (["cl-benchmark-1"], "quick", -0.1, FAILS), (["long-15", *ORDERS], "small", 0.1, HOLDS),
+    (["long-15", "cl-benchmark-2"], "small", [0.1, -0.1], PARTLY)])
+def test_c14_wants_all_orders_to_hold(streams, scale, lead, verdict, tmp_path):
+    for stream, ahead in zip(streams, lead if isinstance(lead, list) else [lead] * len(streams)):
+        for seed in range(3):
+            for method, score in (("seqlora", 0.3), ("olora", 0.4), ("treelora", 0.4 + ahead)): put(tmp_path, fake(method, seed, score, stream=stream), scale)
+    found = one("C14", tmp_path)
+    assert found.verdict == verdict and "best rival O-LoRA 40.0" in found.found and found.on.startswith(f"{scale} scale, {streams[0]}")
+
+
+def test_c14_wants_three_seeds(tmp_path):
+    for method in ("olora", "treelora"): put(tmp_path, fake(method, 0, 0.4, stream="cl-benchmark-1"))
+    assert one("C14", tmp_path).verdict == UNTESTED
+
+
 def test_c10_reads_the_trees(tmp_path):
     "A saved tree that is the family tree holds, one that is not does not."
     tasks = ["es", "de", "pt", "nl"]

@@ -97,7 +97,7 @@ def _ours(runs: Sequence[dict], pick, digits: int) -> str:
     return _cell(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, digits)
 
 
-STREAMS_OF = {1: ("split-digits", "split-fashion-mnist"), 3: ("cldr",), 7: ("math-llm",), 11: ("split-digits", "split-fashion-mnist"), 12: ("cldr",)}
+STREAMS_OF = {1: ("split-digits", "split-fashion-mnist"), 3: ("cldr",), 7: ("math-llm",), 10: ("cl-benchmark-1",), 11: ("split-digits", "split-fashion-mnist"), 12: ("cldr",)}
 # table -> the streams of our columns, unless another one is asked for
 WHOLE = (1, 3)  # tables that also show our methods that the paper has not
 ABLATED = {2: ("epochs",), 4: ("depth",), 5: ("parts",), 6: ("lambda", "rate")}  # tables that vary a setting -> our ablations
@@ -110,7 +110,7 @@ OURS = (("ACC %", lambda r: 100 * r["scores"]["op"], 2),
 def table(
     n: int,  # 1 to 13
     results: str | Path = "results",
-    stream: str | None = None,  # of our columns; None: the digits and Fashion-MNIST for Tables 1 and 11, CLDR for Tables 3 and 12, Math-LLM for Table 7, none for the others
+    stream: str | None = None,  # of our columns; None: the digits and Fashion-MNIST for Tables 1 and 11, CLDR for Tables 3 and 12, Math-LLM for Table 7, CL-benchmark's first order for Table 10, none for the others
     scale: str = "quick",  # or another budget of it, such as "quick/half"
 ) -> Table:
     "One of the paper's tables with our columns beside it, empty where nothing was run. Raises ValueError for an unknown number."
