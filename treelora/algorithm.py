@@ -720,7 +720,7 @@ def _one_of(what: str, value: str, known: Sequence[str]) -> str:
 
 def _finite(names: Sequence[str], norms: torch.Tensor, task: str, round: int) -> None:
     "Raise ValueError naming task, round and layers when a gradient (A and B of each layer, in turn) is not finite."
-    if norms.isfinite().all(): return
+    if np.isfinite(norms.numpy()).all(): return
     bad = (~norms.isfinite()).nonzero().flatten() // 2
     layers = [names[i] for i in dict.fromkeys(bad.tolist())]
     raise ValueError(f"NaN or infinite gradient in task {task!r}, round {round}, layers {layers}; "

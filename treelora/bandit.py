@@ -51,7 +51,7 @@ class SearchTree:
         self.lower, self.reach = first <= first[sibling], depth[leaves]  # whether a child has the lower task; edges from the root to each arm
         self.left, self.right, self.depth, self.first, self.arm, self.pair, self.sibling, self.leaves, self.paths = map(
             torch.from_numpy, (left[:-1], right[:-1], depth, first[:-1], arm, pair, sibling, leaves, self._paths(leaves, depth, parent)))
-        self.inner_levels = [_blocks(torch.from_numpy(inner), self.left, self.right) for _, inner in levels[-2::-1]]  # deepest first
+        self.inner_levels = [_blocks(inner, left, right) for _, inner in levels[-2::-1]]  # deepest first
 
     def _paths(self, leaves: np.ndarray, depth: np.ndarray, parent: np.ndarray) -> np.ndarray:  # (N, longest)
         "The nodes from the root to each arm's leaf, padded."
@@ -79,7 +79,7 @@ def _halves(x: Node | list[int], arms_of: dict) -> tuple:
     return x[:half], x[half:]
 
 
-def _blocks(inner: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> tuple:
+def _blocks(inner: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple:
     "The inner nodes of a level, their left and their right children, as slices where the numbers follow each other."
     def block(x): return slice(x[0].item(), x[-1].item() + 1) if x[-1] - x[0] == len(x) - 1 else x
     return tuple(map(block, (inner, left[inner], right[inner])))
@@ -203,10 +203,10 @@ class LCB(Search):
 
     def bounds(self, t: int) -> torch.Tensor:  # (L, nodes)
         "LCB of each node (Eq. 2); -infinity where nothing was seen."
-        lcb = torch.where(self.counts[:, :-1] > 0, self.means[:, :-1] - self.slack - self.widths(t), -math.inf)
+        lcb = np.where(self.counts.numpy()[:, :-1] > 0, self.means.numpy()[:, :-1] - self.slack.numpy() - self.widths(t).numpy(), -math.inf)
         for inner, left, right in self.nodes.inner_levels:  # an unvisited node's children are unvisited: it stays at -inf
-            lcb[:, inner] = torch.maximum(torch.minimum(lcb[:, left], lcb[:, right]), lcb[:, inner])
-        return lcb
+            lcb[:, inner] = np.maximum(np.minimum(lcb[:, left], lcb[:, right]), lcb[:, inner])
+        return torch.from_numpy(lcb)
 
     def choose(self, t):
         return self._descend(self.bounds(t))
@@ -219,7 +219,7 @@ class LCB(Search):
             pair = pairs[at]  # (L, 2), the child with the lower task first
             below = table[start, pair]
             at = pair[every, (below[:, 1] < below[:, 0]).view(np.int8)]
-        return self.nodes.arm[torch.from_numpy(at)]
+        return torch.from_numpy(self.nodes.arm.numpy()[at])
 
 # %% ../nbs/core/03_bandit.ipynb #fa060002
 def _crossing(a: np.ndarray, w: np.ndarray, b: np.ndarray, x: np.ndarray, s: float) -> np.ndarray:
