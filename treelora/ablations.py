@@ -51,6 +51,8 @@ ABLATIONS: dict[str, list[Change]] = {
     "search": _each("search", [s for s in SEARCHES if s != "tree-lcb-printed"]),
     "penalty": _each("penalty", ("l1", "prox", "dot")),
     "place": [Change(f"{place} {n} blocks", {"place": place, "blocks": n}) for n in (2, 5) for place in ("first", "last")],
+    "inference": [Change(name, s if s["inference"] != usual else {}, method=m) for m, usual in (("treelora", "latest"), ("treelora-branch", "routed"))
+                  for name, s in (("the latest adapter", {"inference": "latest", "tii": False}), ("routed", {"inference": "routed", "tii": True}))],
     "order": [Change(f"order {k}", method=m, stream={"seed": 20 + k}) for m in ("treelora", "treelora-branch", "hidelora") for k in range(5)],
 }
 
