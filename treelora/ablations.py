@@ -33,6 +33,7 @@ class Change:
     settings: dict = field(default_factory=dict)  # of `treelora.learner.run`, and of the method
     method: str = "treelora"
     stream: dict = field(default_factory=dict)  # of `treelora.streams.get_stream`
+    rate_of: str | None = None  # whose tuned learning rate is taken; None: the method's own
 
 
 def _each(name: str, values: Sequence, label: str = "{}", **more) -> list[Change]:
@@ -51,8 +52,7 @@ ABLATIONS: dict[str, list[Change]] = {
     "search": _each("search", [s for s in SEARCHES if s != "tree-lcb-printed"]),
     "penalty": _each("penalty", ("l1", "prox", "dot")),
     "place": [Change(f"{place} {n} blocks", {"place": place, "blocks": n}) for n in (2, 5) for place in ("first", "last")],
-    "inference": [Change(name, s if s["inference"] != usual else {}, method=m) for m, usual in (("treelora", "latest"), ("treelora-branch", "routed"))
-                  for name, s in (("the latest adapter", {"inference": "latest", "tii": False}), ("routed", {"inference": "routed", "tii": True}))],
+    "inference": [Change("the latest adapter"), Change("routed by features", method="treelora-tii", rate_of="treelora")],
     "order": [Change(f"order {k}", method=m, stream={"seed": 20 + k}) for m in ("treelora", "treelora-branch", "hidelora") for k in range(5)],
 }
 
@@ -81,7 +81,7 @@ def ablate(
 def _changed(stream: str, change: Change, seed: int, results: str | Path, progress: bool) -> dict:
     "One run."
     tasks = get_stream(stream, "quick", **({"seed": seed} | change.stream))
-    r = run(tasks, change.method, "quick", seed, progress=progress, **({"lr": tuned_rate(results, stream, "quick", change.method)} | change.settings))
+    r = run(tasks, change.method, "quick", seed, progress=progress, **({"lr": tuned_rate(results, stream, "quick", change.rate_of or change.method)} | change.settings))
     return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds, 3)}
 
 # %% ../nbs/experiments/46_ablations.ipynb #b6f43909
