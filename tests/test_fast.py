@@ -342,7 +342,7 @@ def test_a_compiled_model_trains_alike(make_net, backend, options):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler"))])
 @pytest.mark.parametrize("options", [{}, {"relative": True, "lam": 0.5}, {"signature": "weight", "cache": 2}, {"search": "sweep"}])
-def test_a_compiled_step_is_the_same_step(make_net, monkeypatch, backend, options):
+def test_a_compiled_step_is_the_same_step(tmp_path, make_net, monkeypatch, backend, options):
     if backend == "inductor" and options not in ({}, {"signature": "weight", "cache": 2}): pytest.skip("two of them are enough to compile")
     torch._dynamo.reset()
     plain = train(TreeLoRA(make_net(), **{"lam": 0.1} | options), "abcd")
@@ -350,6 +350,9 @@ def test_a_compiled_step_is_the_same_step(make_net, monkeypatch, backend, option
     compiled = train(TreeLoRA(make_net(), compile=True, **{"lam": 0.1} | options), "abcd")
     assert torch.allclose(plain.bank.adapters, compiled.bank.adapters, atol=1e-6) and plain.tree.newick() == compiled.tree.newick()
     assert torch.equal(torch.stack(plain.last.picks), torch.stack(compiled.last.picks)) and "compile" not in compiled.config
+    compiled.save(tmp_path)
+    again = TreeLoRA.load(tmp_path, make_net(), compile=True)
+    assert again._compiled and equal(train(compiled, "ef"), train(again, "ef"))
 
 
 def test_a_step_without_a_compiler_says_so_and_changes_nothing(make_net, monkeypatch):

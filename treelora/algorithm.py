@@ -685,6 +685,7 @@ class Saved(Paused):
         adapter: str = "default",  # PEFT's name of the adapter
         bank_folder: str | Path | None = None,  # where the bank goes when tasks are added, see `TreeLoRA`
         cache: int | None = None,  # stored adapters to keep on the training device, see `TreeLoRA`
+        compile: bool = False,  # compile `step`, see `TreeLoRA`
     ) -> "TreeLoRA":
         """The object that `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or
         one from another model; the model is untouched then."""
@@ -693,7 +694,7 @@ class Saved(Paused):
         if layers != plain["layers"]:
             raise ValueError(f"{folder} was saved from another model: its LoRA layers are {_summary(plain['layers'])}, "
                              f"this model's are {_summary(layers)}.")
-        tl = cls(model, adapter=adapter, bank_folder=bank_folder, cache=cache, **plain["config"])
+        tl = cls(model, adapter=adapter, bank_folder=bank_folder, cache=cache, compile=compile, **plain["config"])
         tl._restore(plain, tensors)
         return tl
 
