@@ -25,11 +25,11 @@ figures: .venv/ready  ## draw all figures and print the tables from results/, ru
 
 test: .venv/ready  ## run all notebooks and the tests
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-all: .venv/ready  ## the same, with the slow checks
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --flags slow
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # the oldest libraries that settings.ini admits, in an environment of their own (5 GB); numpy 1.26 wants a Python up to 3.12
 OLDEST := tests/test_lora_signature.py tests/test_algorithm.py tests/test_learner.py tests/test_trainer.py tests/test_language.py \
