@@ -33,10 +33,11 @@ SHARDED = pytest.mark.skipif("ignored_params" not in inspect.signature(fully_sha
 CASES = ["vision", "vision-tails", "language", "language-branch", "bare"]
 
 
-@pytest.mark.parametrize("case, settings", [*((c, {}) for c in CASES), *(pytest.param(c, {"shard": True}, marks=SHARDED) for c in CASES[1:4])])
+@pytest.mark.parametrize("case, settings", [*((c, {}) for c in CASES), *(pytest.param(c, {"shard": True}, marks=SHARDED) for c in CASES[1:4]),
+                                            pytest.param("language-branch", {"shard": True, "ahead": True, "layers": 1}, marks=SHARDED)])
 def test_two_processes_take_the_steps_of_one(case, settings, tmp_path):
     launch(case, tmp_path / "two", **settings)
-    launch(case, tmp_path / "one", 1)
+    launch(case, tmp_path / "one", 1, **{k: v for k, v in settings.items() if k != "shard"})
     one, (first, second) = outcome(tmp_path / "one", 0), (outcome(tmp_path / "two", r) for r in range(2))
     for a, b in ((first, second), (first, one)):
         assert a["tree"] == b["tree"] and a["names"] == b["names"] and a["groups"] == b["groups"]
