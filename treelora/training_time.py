@@ -30,7 +30,7 @@ SAVINGS = {  # name -> settings of `treelora.learner.run`, for images and texts
     "vision": {"last blocks": dict(place="last", blocks=2), "ahead": dict(ahead=True), "stop": dict(stop_loss=0.15), "fewer epochs": dict(epochs=1),
                "bf16": dict(precision="bf16"), "compiled": dict(compile=True)},
     "language": {"last blocks": dict(layers=20), "ahead": dict(ahead=True), "stop": dict(stop_loss=3.2), "fewer epochs": dict(epochs=1),
-                 "paper's epochs": dict(epochs=5)},
+                 "paper's epochs": dict(epochs=5), "rate 0.001": dict(lr=0.001)},
 }
 SHORT = {"vision": "quick/one-epoch", "language": "quick/half"}  # whose learning rates were tuned for fewer epochs
 CHAIN = (("last blocks",), ("last blocks", "ahead"), ("last blocks", "ahead", "stop"))
@@ -75,7 +75,7 @@ def _rate(results: str | Path, stream: str, kind: str, method: str, savings: Seq
 def _measured(stream: str, kind: str, method: str, savings: Sequence[str], seed: int, lr: float | None, progress: bool, settings: dict) -> dict:
     "One run as a row."
     changes = {k: v for s in savings for k, v in SAVINGS[kind][s].items()}
-    r = run(stream, method, "quick", seed, lr=lr, progress=progress, **settings | changes)
+    r = run(stream, method, "quick", seed, progress=progress, **{"lr": lr} | settings | changes)
     return {"method": method, "savings": list(savings), "seed": seed, "op": r.op, "bwt": r.bwt, "train": r.seconds, "steps": r.seconds_by_phase["steps"], "device": r.where["device"]}
 
 # %% ../nbs/experiments/45_training_time.ipynb #5752209d
