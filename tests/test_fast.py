@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from treelora import algorithm
 from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
 from treelora.bandit import LCB, SearchTree, TreeLCB, get_search
-from treelora.bench import Report, _adapters, bench_training
+from treelora.bench import Report, _adapters, bench_training, save_scale
 from treelora.cli import main
 from treelora.lora import lora_layers
 from treelora.signature import Layout, Rows, groups
@@ -390,6 +390,8 @@ def test_bench_scale_writes_its_files_and_reports_come_back(tmp_path, capsys):
     assert main(["bench", "scale", "--quick", "--out", str(tmp_path), "--figures", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "scale.json").read_text())
     assert [s["tasks"] for s in found["steps"]] == [8, 32] and found["growth"] > 0 and "<svg" in (tmp_path / "scale.svg").read_text()
+    drawn = [(tmp_path / f"scale.{kind}").read_bytes() for kind in ("svg", "png")]
+    assert [p.read_bytes() for p in save_scale(tmp_path / "scale.json", tmp_path / "again")] == drawn  # the same results, the same files
     report = Report(found["steps"], found["searches"], [], 1.0, 2.0, 3.0, {"device": "here"})
     report.save(tmp_path / "bench.json")
     assert str(Report.load(tmp_path / "bench.json")) == str(report) and "peak memory of the process 3 MB" in str(report)

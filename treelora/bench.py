@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'SCALED', 'one_thread', 'alternating_ms', 'bench_steps', 'bench_searches', 'random_tree', 'bench_insert',
-           'bench_scale', 'draw_scale', 'run_scale', 'bench_training', 'bench_language', 'bench_vision',
+           'bench_scale', 'draw_scale', 'run_scale', 'save_scale', 'bench_training', 'bench_language', 'bench_vision',
            'matrix_products', 'Report', 'bench']
 
 # %% ../nbs/cli/61_bench.ipynb #63930445
@@ -194,15 +194,23 @@ def draw_scale(
 
 def run_scale(
     out: str | Path = "results/bench",  # folder of scale.json
-    figures: str | Path = "figures",  # folder of scale.svg
+    figures: str | Path = "figures",  # folder of scale.svg and scale.png
     quick: bool = False,  # small sizes, to see that it works
 ) -> list[Path]:  # the files
     "Measure and draw the curve (`treelora bench scale`)."
-    found, paths = bench_scale(*(((8, 32), 4, 256) if quick else ())), [Path(out) / "scale.json", Path(figures) / "scale.svg"]
-    for path in paths: path.parent.mkdir(parents=True, exist_ok=True)
-    paths[0].write_text(json.dumps(found | where(torch.device("cpu")), indent=1) + "\n")
-    draw_scale(found).figure.savefig(paths[1])
-    return paths
+    found, path = bench_scale(*(((8, 32), 4, 256) if quick else ())), Path(out) / "scale.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found | where(torch.device("cpu")), indent=1) + "\n")
+    return [path, *save_scale(path, figures)]
+
+
+def save_scale(
+    path: str | Path = "results/bench/scale.json",
+    figures: str | Path = "figures",
+) -> list[Path]:  # an .svg and a .png; the same for the same results
+    "Draw the curve that was measured."
+    from treelora.figures import save_figure  # here: measuring needs no plotting library
+    return save_figure(draw_scale(json.loads(Path(path).read_text())).figure, "scale", figures)
 
 # %% ../nbs/cli/61_bench.ipynb #d2108a90
 def _clock(device: torch.device) -> float:

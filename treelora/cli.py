@@ -148,6 +148,7 @@ def _checkpoints(args) -> Path | None:
 
 
 def _figures(args) -> None:
+    from treelora.bench import save_scale
     from treelora.figures import save_all
     _experiments(args)
     paths = []
@@ -155,6 +156,7 @@ def _figures(args) -> None:
         paths += save_all(args.results, args.out, args.stream, args.scale)
         _print_table(1, args.results)
     if args.stream == "cldr" or args.stream == "split-digits" and (args.results / "cldr" / "quick").exists(): paths += _language_figures(args)
+    if args.stream == "split-digits" and (scale := args.results / "bench" / "scale.json").exists(): paths += save_scale(scale, args.out)
     print(f"\n{len(paths)} files in {args.out}/: {', '.join(sorted({p.stem for p in paths}))} (.svg and .png); results in {args.results}/")
 
 
