@@ -1,5 +1,5 @@
 "What makes it fast must not change what it computes: the search against a full computation, the bank's growth, many tasks at once."
-import errno, hashlib, json, math, os, resource, shutil
+import errno, hashlib, json, math, os, resource
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from treelora import algorithm
 from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
 from treelora.bandit import LCB, SearchTree, TreeLCB, get_search
-from treelora.bench import Report, _adapters, bench_training, save_scale
+from treelora.bench import Report, _adapters, bench_training, has_compiler, save_scale
 from treelora.cli import main
 from treelora.lora import lora_layers
 from treelora.signature import Layout, Rows, groups
@@ -340,7 +340,7 @@ def test_a_compiled_model_trains_alike(make_net, backend, options):
     assert torch.allclose(plain.bank.adapters, compiled.bank.adapters, atol=1e-5) and plain.tree.newick() == compiled.tree.newick()
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler"))])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers"))])
 @pytest.mark.parametrize("options", [{}, {"relative": True, "lam": 0.5}, {"signature": "weight", "cache": 2}, {"search": "sweep"}])
 def test_a_compiled_step_is_the_same_step(tmp_path, make_net, monkeypatch, backend, options):
     if backend == "inductor" and options not in ({}, {"signature": "weight", "cache": 2}): pytest.skip("two of them are enough to compile")
