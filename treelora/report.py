@@ -571,7 +571,7 @@ CLAIMS = (
     Claim("C11", "Tab. 7", "larger gain when tasks are related: 45.59 against 42.83 on Math-LLM", c11, (_LLM,)),
     Claim("C12", "Remark 1, App. A.3", "constant GPU memory; extra storage of 1 to 15 MB", c12, ("theory/32_complexity.ipynb", "core/05_algorithm.ipynb")),
     Claim("C13", "Tab. 8", "FLOPs a token as plain LoRA, a tenth of O-LoRA's at the 10th task", c13, ("theory/32_complexity.ipynb",)),
-    Claim("C14", "Tab. 9, 10", "holds for 15 tasks and for the six O-LoRA orders", c14, ("continual/16_text.ipynb",)),
+    Claim("C14", "Tab. 9, 10", "holds for 15 tasks and for the six O-LoRA orders", c14, (_LLM,)),
     Claim("C15", "Sec. 4", "Theorem 1: regret with sqrt(N) becomes one with sqrt(|J|), in benign cases log N", c15, ("theory/31_regret.ipynb",)),
     Claim("C16", "Remark 1", "O(1) search a round", c16, ("theory/32_complexity.ipynb",)),
     Claim("C17", "Tab. 11-13", "above InfLoRA, SAPT and TaSL; holds at 13B", c17, (_ALL,)),
