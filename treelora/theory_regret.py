@@ -70,9 +70,6 @@ def save(
     path.write_text(json.dumps({"config": config, "rows": rows} | where(torch.device("cpu"))) + "\n")
     return path
 
-# %% ../nbs/theory/31_regret.ipynb #th31009
-#| export
-
 # %% ../nbs/theory/31_regret.ipynb #th31012
 def run_curves(results: str | Path = "results", T: int = 20_000, n_seeds: int = 20) -> Path:
     "Regret over the rounds: the tree player and the flat one to the end, all others for a tenth of it."
@@ -220,9 +217,6 @@ def checked(
         if math.isinf(out[kind]["eta"]): out[kind]["eta"] = None
     return out
 
-# %% ../nbs/theory/31_regret.ipynb #th31043
-#| export
-
 # %% ../nbs/theory/31_regret.ipynb #th31044
 def run_settings(results: str | Path = "results", T: int = 1000, n_seeds: int = 25) -> Path:
     "Many environments that meet Assumption 1, BAST and Eq. 2 with log T on each: is a bound ever broken?"
@@ -303,9 +297,6 @@ def _shape(levels: list, arms: list[int], depth: int):
     below = [group for group in levels[depth + 1] if set(group) <= set(arms)]
     return _shape(levels, arms, depth + 1) if len(below) == 1 else tuple(_shape(levels, sorted(group), depth + 1) for group in below)
 
-# %% ../nbs/theory/31_regret.ipynb #th31063
-#| export
-
 # %% ../nbs/theory/31_regret.ipynb #th31064
 def run_speed(results: str | Path = "results", T: int = 100_000, n_seeds: int = 20, depth: int = 12) -> Path:
     "The large game: 4,096 leaves, 20 seeds, 100,000 rounds."
@@ -316,9 +307,6 @@ def run_speed(results: str | Path = "results", T: int = 100_000, n_seeds: int = 
         played = game(tree, player, T, n_seeds)
         rows.append(as_row(played, player=player, N=2 ** depth, T=T, cpu_seconds=round(time.process_time() - start, 1)))
     return save(results, "speed", {"T": T, "seeds": n_seeds, "N": 2 ** depth, "threads": torch.get_num_threads()}, rows)
-
-# %% ../nbs/theory/31_regret.ipynb #th31065
-#| export
 
 # %% ../nbs/theory/31_regret.ipynb #th31066
 def run_theory(results: str | Path = "results") -> list[Path]:
