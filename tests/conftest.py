@@ -1,4 +1,7 @@
 "Shared settings: one thread, deterministic hypothesis, and the small things that several test files need."
+from copy import deepcopy
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import settings
@@ -20,19 +23,35 @@ def make_net():
     return make
 
 
-@pytest.fixture
-def tiny_language():
-    "A factory of equal, tiny, untrained language models with a tokenizer of single characters."
+@pytest.fixture(scope="session")
+def letters():
+    "A tokenizer of single characters."
     from tokenizers import Tokenizer, models, pre_tokenizers, decoders
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = ["<end>", *map(chr, range(32, 127)), "\n"]
+    tokens = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token=" "))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
 
-    def make(seed=0):
-        letters = ["<end>", *map(chr, range(32, 127)), "\n"]
-        tokens = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token=" "))
-        tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
+
+@pytest.fixture(scope="session")
+def tiny_llama(letters):
+    "A factory of tiny, untrained language models, one a seed in the whole session: copy it before it changes."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    @cache
+    def make(seed):
         torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                             max_position_embeddings=512, pad_token_id=0, eos_token_id=0, bos_token_id=None)
-        return LlamaForCausalLM(config), tokenizer
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                            max_position_embeddings=512, pad_token_id=0, eos_token_id=0, bos_token_id=None))
+    return make
+
+
+@pytest.fixture
+def tiny_language(tiny_llama, letters):
+    "A factory of equal, tiny, untrained language models with a tokenizer of single characters."
+    def make(seed=0):
+        model = deepcopy(tiny_llama(seed))
+        torch.manual_seed(seed + 1)
+        return model, deepcopy(letters)
     return make

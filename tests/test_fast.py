@@ -340,7 +340,7 @@ def test_a_compiled_model_trains_alike(make_net, backend, options):
     assert torch.allclose(plain.bank.adapters, compiled.bank.adapters, atol=1e-5) and plain.tree.newick() == compiled.tree.newick()
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers"))])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers")])])
 @pytest.mark.parametrize("options", [{}, {"relative": True, "lam": 0.5}, {"signature": "weight", "cache": 2}, {"search": "sweep"}])
 def test_a_compiled_step_is_the_same_step(tmp_path, make_net, monkeypatch, backend, options):
     if backend == "inductor" and options not in ({}, {"signature": "weight", "cache": 2}): pytest.skip("two of them are enough to compile")

@@ -97,6 +97,7 @@ def test_source_archive_can_be_built_from(built):
     assert {"setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "treelora/weights/glyph_vit.safetensors"} <= names
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_without_development_packages(built, wheel, tmp_path):
     wheel.extractall(tmp_path)  # what an installer does with a wheel of pure Python
     where, version = python(BLOCK + "import treelora; print(treelora.__file__, treelora.__version__)", tmp_path).split()

@@ -33,6 +33,7 @@ SHARDED = pytest.mark.skipif("ignored_params" not in inspect.signature(fully_sha
 CASES = ["vision", "vision-tails", "language", "language-branch", "bare"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, settings", [*((c, {}) for c in CASES), *(pytest.param(c, {"shard": True}, marks=SHARDED) for c in CASES[1:4]),
                                             pytest.param("language-branch", {"shard": True, "ahead": True, "layers": 1}, marks=SHARDED)])
 def test_two_processes_take_the_steps_of_one(case, settings, tmp_path):
@@ -48,6 +49,7 @@ def test_two_processes_take_the_steps_of_one(case, settings, tmp_path):
     if "R" in one: assert torch.equal(first["R"].nan_to_num(), second["R"].nan_to_num()) and (first["R"] - one["R"]).nan_to_num().abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(tmp_path):
     kept = dict(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=2)
     died = launch("vision", tmp_path / "out", check=False, look_every=5, die=[1, 4], **kept)  # time for the other process to say what it saw
@@ -61,6 +63,7 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on(tmp_path):
     with pytest.raises(ValueError, match="belongs to another run .processes: 2 there, 1 here"): vision(checkpoints=tmp_path / "checkpoints", resume=True)
 
 
+@pytest.mark.slow
 def test_what_several_processes_refuse(tmp_path):
     refused = launch("fresh", tmp_path, check=False)
     assert refused.returncode != 0 and 'signal="fresh" needs the gradient of the whole batch' in refused.stderr
@@ -68,6 +71,7 @@ def test_what_several_processes_refuse(tmp_path):
     assert refused.returncode != 0 and "the processes have different weights: the method 'own-ways'" in refused.stderr
 
 
+@pytest.mark.slow
 def test_results_are_written_once(tmp_path):
     (tmp_path / "shell.py").write_text("import sys\nfrom treelora.cli import main\nsys.exit(main())\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "shell.py"), "run", "--epochs", "1", "--quiet", "--results", str(tmp_path / "r")]
@@ -76,6 +80,7 @@ def test_results_are_written_once(tmp_path):
     assert json.loads((tmp_path / "r/split-digits/quick/treelora-seed0.json").read_text())["config"]["processes"] == 2
 
 
+@pytest.mark.slow
 @SHARDED
 def test_a_sharded_run_is_kept_and_goes_on(tmp_path):
     kept = dict(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=2, shard=True)
@@ -109,6 +114,7 @@ def test_shares_of_batches():
         assert max(n for n, _ in sizes) - min(n for n, _ in sizes) <= 1 and {total for _, total in sizes} == {len(batch)}
 
 
+@pytest.mark.slow
 def test_random_kills():
     "A short form of `python tests/kill_runs.py`, which kills 25 runs of each kind."
     counts = kill_often("language", 3)

@@ -21,7 +21,7 @@ for name in ('nbdev', 'fastcore', 'execnb', 'datasets', 'gguf', 'IPython'): sys.
 
 IMPORT_EACH = BLOCK + """
 import importlib, os, traceback
-import matplotlib, peft, timm, torch, transformers  # none of ours, and slow: each child has them already
+import accelerate, matplotlib.pyplot, peft, sklearn.datasets, sklearn.model_selection, timm, torch, transformers  # none of ours, and slow: each child has them already
 for module in sys.argv[1:]:
     if not (child := os.fork()):
         try: importlib.import_module(module)

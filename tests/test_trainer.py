@@ -2,6 +2,8 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,13 +31,22 @@ def own_precision():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def tiny_model(dropout=0.0):
+@cache
+def built(dropout):
+    "The tiny model, made once for all tests."
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"]))
     for name, p in model.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def tiny_model(dropout=0.0):
+    "A copy of it; dropout and whatever else is drawn begins anew."
+    model = deepcopy(built(dropout))
+    torch.manual_seed(1)
     return model
 
 
@@ -388,6 +399,7 @@ torch.save((tl.bank.adapters, tl.bank.signatures), f"{sys.argv[2]}/{dist.get_ran
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     "Both processes keep the same adapters, bit for bit; they are those of one process up to the rounding of the mean over processes."
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
