@@ -8,7 +8,7 @@ WIDTH = 95  # characters of a line of code that the site shows without cutting
 NBDEV = {"default_exp", "export", "exporti", "exports", "hide", "exec_doc", "filter_stream", "slow", "gpu"}
 HIDDEN = re.compile(r"^#\|\s*(export\b|exporti\b|hide\b|default_exp\b|echo: *false|include: *false)", re.M)
 SILENT = re.compile(r"^#\|\s*(hide\b|include: *false|output: *false)", re.M)
-RAW = re.compile(r"<[^<>\n]* at 0x[0-9a-fA-F]+>|\b__main__\.\w+")
+RAW = re.compile(r"<[^<>\n]* at 0x[0-9a-fA-F]+>|<(?:function|bound method|built-in) [^<>\n]*>|<[\w.]+ object>|(?<==)<lambda>|\b__main__\.\w+")  # nbdev_clean leaves <function f>
 UNKNOWN = re.compile(r"\b(?:DESIGN|STYLE|HOUSE)\b(?:\.md)?(?: \d+(?:\.\d+)*)?|\bPAPER\.md\b|(?<![\w)\]])\([1-9]\.\d\)|\b[Ss]ec(?:\.|tions?) \d+(?:\.\d+)* of the design\b")
 DOCUMENT = re.compile(r"\b[A-Z][A-Z_]{2,}\.md\b")
 DIRECTIVE = re.compile(r"\s*#\s*\|")
@@ -63,8 +63,11 @@ def matter_faults(cell, first: bool) -> list[str]:
 
 
 def texts(output) -> list[str]:
-    "The texts of an output."
-    return [output.get("text", "")] + [x for kind, x in output.get("data", {}).items() if kind.startswith("text/")]
+    "The texts of an output that a page shows: the plain one only where there is nothing richer."
+    data = output.get("data", {})
+    rich = [x for kind, x in data.items() if kind in ("text/html", "text/markdown")]
+    plain = [] if rich or any(kind.startswith("image/") for kind in data) else [data.get("text/plain", "")]
+    return [output.get("text", ""), *rich, *plain]
 
 
 def has_picture(cell) -> bool:

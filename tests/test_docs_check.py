@@ -145,7 +145,8 @@ def shown(text: str, kind: str = "text/plain"): return new_output("display_data"
     new_code_cell("#| hide\n#| slow\nx = 1"),
     new_code_cell("#| filter_stream Warning\n#| code-fold: true\nx = 1"),
     new_code_cell("#| hide\nf", outputs=[shown("<function f at 0x7f00>")]),
-    new_code_cell("print('<function f>, an object at last, __name__')", outputs=[new_output("stream", name="stdout", text="<function f>, an object at last, __name__")]),
+    new_code_cell("print('<function>, an object at last, __name__')", outputs=[new_output("stream", name="stdout", text="<function>, an object at last, __name__, key=<factory>")]),
+    new_code_cell("#| fig-alt: A tree.\ntree", outputs=[new_output("display_data", {"text/plain": "<tree.Tree object>", "image/svg+xml": "<svg/>"})]),
     new_code_cell("x = '" + "y" * 88 + "'\n" + "#" * 95),
     new_code_cell("#| export\nx = '" + "y" * 200 + "'"),
     new_code_cell('#| hide\n#| fig-alt: "' + "y" * 200 + '"\nx = 1'),
@@ -196,6 +197,8 @@ def test_a_caption_without_its_picture(site, outputs, source):
     (shown("[<matplotlib.lines.Line2D at 0x7f12ab>]"), "'<matplotlib.lines.Line2D at 0x7f12ab>'"),
     (shown("def f(g=<function h at 0x7f12ab>)"), "'<function h at 0x7f12ab>'"),
     (shown("def f()->__main__.Saved | None:", "text/markdown"), "'__main__.Saved'"),
+    (shown("def f(g=<lambda>)", "text/markdown"), "'<lambda>'"),
+    (shown("<tree.Tree object>"), "'<tree.Tree object>'"), (shown("[<function h>]"), "'<function h>'"),
     (new_output("stream", name="stdout", text="<__main__.A object at 0x7f12ab>"), "'<__main__.A object at 0x7f12ab>'"),
 ])
 def test_addresses_and_main_in_outputs(site, output, said):
