@@ -50,7 +50,8 @@ def targets(text: str) -> list[str]:
 def link_faults(path: Path, nb, pages: dict[Path, set[str]], source: Path) -> list[str]:
     "Links and pictures of a page that lead nowhere."
     faults, attached = [], {name for c in nb.cells for name in c.get("attachments", {})}
-    for target in targets(text_of(nb)):
+    outputs = [o.get("data", {}).get("text/markdown", "") for c in nb.cells for o in c.get("outputs", [])]
+    for target in targets("\n\n".join([text_of(nb), *outputs])):
         if ELSEWHERE.match(target): continue
         if target.startswith("attachment:"):
             if target.partition(":")[2] not in attached: faults.append(f"picture {target}, which is not in the notebook")

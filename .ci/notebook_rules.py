@@ -168,6 +168,13 @@ def rule_faults(nb, root: Path) -> list[str]:
     return [f"cell {i}: {f}" for i, cell in enumerate(nb.cells, 1) for f in cell_faults(cell, i == 1, root)]
 
 
+def nested_links(text: str) -> list[str]:
+    "Links within the text of a link, which nbdev makes of a name in backticks."
+    inner = r"\[([^\[\]\n]*)\]\([^()\n]*\)"
+    found = re.findall(rf"(?<!!)\[[^\[\]\n!]*{inner}(?:[^\[\]\n]*{inner})*[^\[\]\n]*\]\(", FENCED.sub("", text))
+    return [f"nbdev makes {x} a link within a link: put the name outside of the link's text" for x, _ in found]
+
+
 def rendered_faults(nb) -> list[str]:
-    "What nbdev rendered badly: addresses and names of __main__ in the signatures of a processed notebook."
-    return [f"cell {i}: {f}" for i, cell in enumerate(nb.cells, 1) for f in raw_faults(cell)]
+    "What nbdev rendered badly in a processed notebook: addresses and names of __main__ in signatures, links within links."
+    return [f"cell {i}: {f}" for i, cell in enumerate(nb.cells, 1) for f in (nested_links(cell.source) if cell.cell_type == "markdown" else raw_faults(cell))]

@@ -75,6 +75,11 @@ def test_bad_outputs(site, cell, said):
     assert fault.startswith("nbs/core/one.ipynb: ") and said in fault
 
 
+def test_links_among_outputs(site):
+    write(site / "nbs" / "index.ipynb", new_markdown_cell("# Home"), new_code_cell("table()", outputs=[new_output("display_data", {"text/markdown": "| [one](core/one.ipynb) | [two](core/two.ipynb) |"})]))
+    assert faults(site) == ["nbs/index.ipynb: link to core/two.ipynb, which does not exist"]
+
+
 @pytest.mark.parametrize("first", ["no title", "## Second level", "#", "#hashtag"])
 def test_a_page_without_a_title(site, first):
     write(site / "nbs" / "core" / "one.ipynb", new_markdown_cell(first), new_markdown_cell("## A part of it"), new_code_cell("#| export\ndef cut(x): return x"))
@@ -243,6 +248,15 @@ def test_what_nbdev_rendered_badly():
     assert [f.split(" among")[0] for f in rendered_faults(nb)] == ["cell 2: '<function h at 0x7f12ab>'", "cell 2: '__main__.A'"]
     nb.cells[1].outputs = [shown("def f(g=h)->A:", "text/markdown")]
     assert rendered_faults(nb) == []
+
+
+@pytest.mark.parametrize("markdown, name", [
+    ("See [[`cut`](https://x.org/a.html#cut)](one.ipynb).", "`cut`"), ("[[`a`](https://x.org/a) and [`b`](https://x.org/b)](one.ipynb)", "`a`"), ("[as [`cut`](https://x.org/a) does](one.ipynb)", "`cut`"),
+    ("[![badge](https://x.org/a.svg)](https://x.org)", None), ("[`cut`](https://x.org/a) and [b](c.ipynb)", None), ("R[1, 2](x) [a [b] c](d.ipynb)", None), ("```\n[[`cut`](a)](b)\n```", None),
+])
+def test_links_within_links(markdown, name):
+    found = rendered_faults(new_notebook(cells=[new_markdown_cell("# One"), new_markdown_cell(markdown)]))
+    assert found == ([f"cell 2: nbdev makes {name} a link within a link: put the name outside of the link's text"] if name else [])
 
 
 def test_limits_are_part_of_the_check(site, monkeypatch, capsys):
