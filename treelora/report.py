@@ -581,7 +581,7 @@ CLAIMS = (
 
 def judge(
     results: "str | Path | Evidence" = "results",
-    claims: Sequence[Claim] | None = None,  # None: all, CLAIMS
+    claims: "Sequence[Claim] | None" = None,  # None: all, CLAIMS
 ) -> dict[str, Finding]:  # by the claim's id
     "A finding for each claim; a claim whose results are missing gets the command that makes them."
     evidence = results if isinstance(results, Evidence) else Evidence(results)
