@@ -1,15 +1,19 @@
-"""Check the site's sources without Quarto: nbdev processes the notebooks, then links, pictures, titles, outputs and the sidebar are checked."""
+"""Check the site's sources without Quarto: nbdev processes the notebooks, then links, pictures, titles, outputs, the sidebar, the rules of .ci/notebook_rules.py and the limits of .ci/limits.py are checked."""
 import re, sys
 from collections import Counter
 from pathlib import Path
 
 import nbformat, yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where tests run this file by its path
+from limits import limit_faults
+from notebook_rules import FENCED, cited_faults, rendered_faults, rule_faults
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1_500_000  # bytes of a notebook
 ELSEWHERE = re.compile(r"(https?|mailto|data):")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.M)
-FENCED = re.compile(r"^(```+|~~~+).*?^\1", re.M | re.S)
+DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 
 def slug(heading: str) -> str:
@@ -46,7 +50,8 @@ def targets(text: str) -> list[str]:
 def link_faults(path: Path, nb, pages: dict[Path, set[str]], source: Path) -> list[str]:
     "Links and pictures of a page that lead nowhere."
     faults, attached = [], {name for c in nb.cells for name in c.get("attachments", {})}
-    for target in targets(text_of(nb)):
+    outputs = [o.get("data", {}).get("text/markdown", "") for c in nb.cells for o in c.get("outputs", [])]
+    for target in targets("\n\n".join([text_of(nb), *outputs])):
         if ELSEWHERE.match(target): continue
         if target.startswith("attachment:"):
             if target.partition(":")[2] not in attached: faults.append(f"picture {target}, which is not in the notebook")
@@ -115,23 +120,26 @@ def check(root: Path) -> tuple[int, list[str]]:
     source = root / "nbs"
     notebooks = {p: nbformat.read(p, 4) for p in sorted(source.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
     pages = {p.resolve(): anchors(nb) for p, nb in notebooks.items()}
-    faults = [f"{p.relative_to(root)}: {f}" for p, nb in notebooks.items() for f in page_faults(p, nb) + link_faults(p, nb, pages, source)]
+    faults = [f"{p.relative_to(root)}: {f}" for p, nb in notebooks.items() for f in page_faults(p, nb) + rule_faults(nb, root) + link_faults(p, nb, pages, source)]
+    faults += [f"{name}: {f}" for name in DOCUMENTS if (root / name).exists() for f in cited_faults(FENCED.sub("", (root / name).read_text(encoding="utf-8")), root)]
     return len(notebooks), faults + sidebar_faults(source, list(notebooks)) + settings_faults(source)
 
 
-def unprocessed(root: Path) -> list[str]:
-    "Let nbdev process the notebooks into _proc, and name those that did not arrive. Raises where nbdev fails."
+def processed_faults(root: Path) -> list[str]:
+    "Let nbdev process the notebooks into _proc; those that did not arrive, and what it rendered badly. Raises where nbdev fails."
     from nbdev.serve import proc_nbs  # here: the checks by themselves need no nbdev
     proc_nbs()
-    names = [p.relative_to(root / "nbs") for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
-    return [f"nbs/{name}: nbdev has not processed it" for name in sorted(names) if not (root / "_proc" / name).is_file()]
+    names = sorted(p.relative_to(root / "nbs") for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    there = [name for name in names if (root / "_proc" / name).is_file()]
+    return ([f"nbs/{name}: nbdev has not processed it" for name in names if name not in there]
+            + [f"_proc/{name}: {f}" for name in there for f in rendered_faults(nbformat.read(root / "_proc" / name, 4))])
 
 
 def main() -> int:
     n, faults = check(ROOT)
-    faults += unprocessed(ROOT)
+    faults += limit_faults(ROOT) + processed_faults(ROOT)
     for fault in faults: print(fault, file=sys.stderr)
-    if not faults: print(f"{n} pages: titles, links, pictures, outputs, sizes, sidebar and settings are right")
+    if not faults: print(f"{n} pages: titles, links, pictures, outputs, rules, sizes, sidebar and settings are right")
     return bool(faults)
 
 

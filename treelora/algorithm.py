@@ -254,7 +254,7 @@ def make_cache(
     layout: Layout,
     adapters: int | None,  # how many; None: one on an accelerator, none on a CPU
     device: torch.device,
-) -> Cache | None:
+) -> "Cache | None":
     "A cache, or none: when none is wanted, or with a warning when there is no memory for it."
     wanted = int(device.type != "cpu") if adapters is None else adapters
     size, free = 4 * wanted * layout.n_layers * layout.width, _free_memory(device)
@@ -310,7 +310,7 @@ def route(
     nodes: SearchTree,  # of these tasks
     beam: int = 8,  # how many nodes to keep a level
 ) -> torch.Tensor:  # (n,) task indices
-    "The task with the nearest group, found by descending the tree with a beam (DESIGN 2.7)."
+    "The task with the nearest group, found by descending the tree with a beam."
     centroids = torch.stack([g.mean(0) for g in groups])
     below = torch.zeros(nodes.n_nodes + 1, len(groups), dtype=centroids.dtype)
     below.scatter_(0, nodes.paths.T, 1.0)  # which tasks lie below each node

@@ -461,7 +461,7 @@ class Sweep(Search):
 
 # %% ../nbs/core/03_bandit.ipynb #a572300e
 class Softmax(Search):
-    "The authors' code as we read it: a softmax draw over all arms in which farther tasks score higher (DESIGN 2.6)."
+    "The authors' code as we read it: a softmax draw over all arms in which farther tasks score higher."
 
     def __init__(self, tree, n_layers, seed=0, horizon: int = 1000):
         super().__init__(tree, n_layers, seed)

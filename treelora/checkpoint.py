@@ -452,7 +452,7 @@ class Checkpoints:
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def read(self) -> Saved | None:  # None: there is none
+    def read(self) -> "Saved | None":  # None: there is none
         "The latest checkpoint that is whole; a damaged one is named in a warning. Raises ValueError when none is whole, or it is another run's."
         problems = []
         for path in reversed(self.names()):

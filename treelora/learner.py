@@ -467,7 +467,7 @@ class Keeper:
         "Whether a checkpoint belongs after a step of the stage."
         return self.every is not None and step % self.every == 0
 
-    def keep(self, step: int = 0, stage: dict | None = None, optimizer=None, schedule=None, batches: Pass | None = None) -> None:
+    def keep(self, step: int = 0, stage: dict | None = None, optimizer=None, schedule=None, batches: "Pass | None" = None) -> None:
         "Write a checkpoint, in the middle of a stage or after one."
         own, names = self.learner, peft_names(self.learner.method.model)
         if own.rank: return

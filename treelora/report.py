@@ -580,12 +580,12 @@ CLAIMS = (
 
 
 def judge(
-    results: str | Path | Evidence = "results",
-    claims: Sequence[Claim] = CLAIMS,
+    results: "str | Path | Evidence" = "results",
+    claims: "Sequence[Claim] | None" = None,  # None: all, CLAIMS
 ) -> dict[str, Finding]:  # by the claim's id
     "A finding for each claim; a claim whose results are missing gets the command that makes them."
     evidence = results if isinstance(results, Evidence) else Evidence(results)
-    return {claim.id: _judged(claim, evidence) for claim in claims}
+    return {claim.id: _judged(claim, evidence) for claim in (CLAIMS if claims is None else claims)}
 
 
 def _judged(claim: Claim, evidence: Evidence) -> Finding:
@@ -607,7 +607,7 @@ SOURCE = "https://github.com/treelora-companion/treelora-companion/tree/main/res
 class Report:
     "All findings, as a table that a notebook shows."
     findings: dict[str, Finding]
-    claims: Sequence[Claim] = field(default=CLAIMS)
+    claims: Sequence[Claim] = field(default_factory=lambda: CLAIMS)
 
     def lines(self) -> list[list[str]]:  # claim, what it says, measured, on, verdict, links
         "The table's cells."
@@ -628,7 +628,7 @@ class Report:
 
 
 def report(
-    results: str | Path | Evidence = "results",
+    results: "str | Path | Evidence" = "results",
 ) -> Report:
     "Judge all claims from the files in a folder."
     return Report(judge(results))

@@ -26,7 +26,7 @@ def dot_gradient(
     branch: torch.Tensor,  # (L, D): the chosen tasks' adapters
     loss: torch.Tensor | float,  # the task's loss, to which the penalty is scaled
 ) -> torch.Tensor:  # (L, D)
-    "Gradient of the authors' penalty: minus a dot product, rescaled to the task's loss (DESIGN 2.6)."
+    "Gradient of the authors' penalty: minus a dot product, rescaled to the task's loss."
     size = (theta * branch).sum().abs()
     return branch * torch.where(size > 0, -loss / size, 0.0)
 

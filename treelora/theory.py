@@ -37,7 +37,7 @@ def smooth_means(
     branching: int = 2,
     scale: float = 1.0,  # shrinks all differences
 ) -> torch.Tensor:  # (N,), clipped at 1, which keeps the differences within bounds
-    "Means that differ by at most scale * delta * gamma ** d below a node of depth d (Assumption 1)."
+    "Means that differ by at most `scale * delta * gamma ** d` below a node of depth d (Assumption 1)."
     step = lambda d: scale * delta * gamma ** d * (1 - gamma)
     return torch.tensor(_descend(low, n, depth, step, branching, rng), dtype=torch.float64).clamp(max=1.0)
 
@@ -207,7 +207,7 @@ def needle(
     seed: int = 0,
     noise: str = "bernoulli",
 ) -> SmoothTree:
-    "A pair of good leaves somewhere among 2 ** depth; smooth only with a gamma that goes to 1 with the depth."
+    "A pair of good leaves somewhere among `2 ** depth`; smooth only with a gamma that goes to 1 with the depth."
     n, rng = 2 ** depth, torch.Generator().manual_seed(seed)
     at = 2 * torch.randint(n // 2, (1,), generator=rng).item()
     means = torch.full((n,), 0.1 + gap, dtype=torch.float64)

@@ -65,7 +65,7 @@ def _widest_gap(scores: torch.Tensor) -> float:
 def cut(
     rows: torch.Tensor,  # (n, D): one layer's rows of the node's tasks
     rule: str = "axis",  # "axis", "l1", "dot" or "dot-diff"
-) -> tuple[torch.Tensor, Cut] | None:  # (n,) True for left, and the cut; None when all rows are equal
+) -> "tuple[torch.Tensor, Cut] | None":  # (n,) True for left, and the cut; None when all rows are equal
     "Split tasks in two by one layer's rows (Eq. 1). A tie that would leave a side empty splits in halves in task order."
     if rule == "dot-diff": rows = torch.cat([rows[:1], rows.diff(dim=0)])
     center = rows.mean(0)
@@ -85,7 +85,7 @@ class Node:
     "A set of tasks at some depth, and its two halves."
     tasks: list  # in the order in which they came
     depth: int
-    cut: Cut | None = None
+    cut: "Cut | None" = None
     children: tuple = ()  # () or (left, right)
     built: int = 0
 

@@ -255,7 +255,7 @@ class TreeLoRAPaperText(TreeLanguageMethod):
 
 @register
 class TreeLoRAAuthorsText(TreeLanguageMethod):
-    "The authors' code as we read it (DESIGN 2.6)."
+    "The authors' code as we read it."
     name, paper = "treelora-authors", "Qian et al., ICML 2025, as in the authors' code"
     settings = VARIANTS["authors"] | {"depth": 64, "lam": 0.5}
 
@@ -269,7 +269,7 @@ class TreeLoRARoutedText(TreeLoRAPaperText):
 # %% ../../nbs/methods/23_language.ipynb #bbae4b84
 @register
 class TreeLoRABranchText(TreeLoRARoutedText):
-    "This project's form: start from the branch, stay near it by prox, route by un-adapted features (DESIGN 2.7)."
+    "This project's form: start from the branch, stay near it by prox, route by un-adapted features."
     name, paper = "treelora-branch", "this project"
     settings = VARIANTS["branch"] | {"depth": 64, "lam": 0.05, "root": "output", "search_options": {"c": 1.0}}
 

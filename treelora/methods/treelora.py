@@ -119,7 +119,7 @@ def prototype_loss(
 
 @register
 class TreeLoRABranch(TreeLoRAIdentity):
-    "This project's form: start from the branch, stay near it by prox, route by un-adapted features (DESIGN 2.7)."
+    "This project's form: start from the branch, stay near it by prox, route by un-adapted features."
     name, paper, stores = "treelora-branch", "this project", "adapters, signatures, class moments"
     settings = VARIANTS["branch"] | {"depth": 5}
 
