@@ -48,7 +48,6 @@ def other_seeds(source: str, shift: int = SHIFT) -> str:
     "A cell with `shift` added to each seed that is written down in it; a seed that comes from a name or a key `seed` was counted there."
     if EXEMPT in source or re.search(r"^#\| *(export|exporti|exports|eval: *false)\b", source, re.M): return source
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
-    edits = []
     found = [*((node, f"{shift} + %s") for node in seed_nodes(tree)), *seed_loops(tree, shift)]
     edits = {(n.lineno - 1, n.col_offset, n.end_lineno - 1, n.end_col_offset, form % text)
              for n, form in found if "seed" not in (text := ast.get_source_segment(source, n))}
@@ -71,24 +70,21 @@ def reseeded(root: Path, into: Path, shift: int) -> None:
 
 def logged(command: list, log: Path, **options) -> str:
     "Run a command, its output in a file; an empty string when it passed, else the output."
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options)
-    log.write_text(done.stdout)
-    return "" if done.returncode == 0 else done.stdout or "no output"
+    with log.open("w") as out: done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, **options)
+    return "" if done.returncode == 0 else log.read_text(errors="replace") or "no output"
 
 
 def failing(output: str, pattern: str, what: str) -> list[str]:
-    "What a log names as failed, or that the command failed without a name."
-    return output and (list(dict.fromkeys(re.findall(pattern, output, re.M))) or [what])
+    "What the output of a failed command names as failed, or the command when it names nothing."
+    return list(dict.fromkeys(re.findall(pattern, output, re.M))) or [what] if output else []
 
 
 def notebooks(folder: Path, paths: list[str], env: dict, workers: int, log: Path) -> list[str]:
-    "The notebooks that fail."
-    failed = []
-    for i, path in enumerate(paths or [None]):
-        at = log.with_name(f"{log.stem}-{Path(path).stem}.txt") if path else log
-        command = [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()", "--timing", "--n_workers", str(workers if path is None else 0)]
-        failed += failing(logged(command + (["--path", path] if path else []), at, cwd=folder, env=env), r"^\t(\S+)$", path or "nbdev_test")
-    return failed
+    "The notebooks that fail, of all or of those given, one after the other."
+    command = [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()", "--do_print", "--timing"]
+    if not paths: return failing(logged([*command, "--n_workers", str(workers)], log, cwd=folder, env=env), r"^\t(\S+)$", "nbdev_test")
+    runs = {path: [*command, "--n_workers", "0", "--path", path] for path in paths}
+    return [path for path, run in runs.items() if logged(run, log.with_name(f"{log.stem}-{Path(path).stem}.txt"), cwd=folder, env=env)]
 
 
 def tests(paths: list[str], env: dict, workers: int, log: Path) -> list[str]:
