@@ -1,4 +1,5 @@
-"Shared settings: one thread, deterministic hypothesis, and the small things that several test files need."
+"Shared settings: one thread unless OMP_NUM_THREADS says otherwise, deterministic hypothesis, and the small things that several test files need."
+import os
 from copy import deepcopy
 from functools import cache
 
@@ -11,7 +12,7 @@ from treelora.lora import add_lora
 
 settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
 settings.load_profile("ci")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 @pytest.fixture

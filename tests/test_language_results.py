@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_language import tiny_run, tiny_stream
 
-from treelora.experiments_llm import FORMS, LAMBDAS, agreement, closest_pair, family_agreement, family_kinship, in_family, language_bars, tree_from_gram, watched
+from treelora.experiments_llm import FORMS, LAMBDAS, agreement, closest_pair, family_agreement, family_kinship, fast_precision, in_family, language_bars, tree_from_gram, watched
 from treelora.figures import caption, figure
 from treelora.language_figures import families, family_groups, matrices, pareto, save_language_figures
 from treelora.tables import parts_table, table
@@ -96,3 +96,13 @@ def test_a_watched_method_has_the_same_numbers(tiny_language):
     assert np.array_equal(plain.R, seen.R, equal_nan=True) and seen.config["method"] == "seqlora"
     assert {s: np.shape(g) for s, g in seen.extra["gram"].items()} == {s: (4, 3, 3) for s in ("grad", "update", "weight")}
     assert len(tiny_stream()) == 3
+
+
+def test_precision_can_be_wished_for(monkeypatch):
+    for wish in ("no", "bf16"):
+        monkeypatch.setenv("TREELORA_PRECISION", wish)
+        assert fast_precision() == wish
+    monkeypatch.setenv("TREELORA_PRECISION", "half")
+    with pytest.raises(ValueError, match="TREELORA_PRECISION='half' is no precision; known are no, bf16 and fp16."): fast_precision()
+    monkeypatch.setenv("TREELORA_PRECISION", "")
+    assert fast_precision() in ("no", "bf16")

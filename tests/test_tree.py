@@ -1,7 +1,9 @@
 "Invariants of the task tree under random insertions and removals."
+import itertools
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treelora.tree import SMALL, TaskTree, cut, merge_lora
@@ -162,3 +164,53 @@ def test_newick_quotes_names():
     for k, name in enumerate(("plain", "it's (odd)")): tree.insert(name, [torch.tensor([float(k)])])
     assert tree.newick() == "(plain,'it''s (odd)');"
     assert tree._repr_svg_().lstrip().startswith("<?xml")
+
+
+def mirrored(tree, flips):
+    "The same tree, some of its nodes with their sides exchanged, as another processor's rounding may have them."
+    again = TaskTree.from_state(*tree.state())
+    for node in again.root.walk():
+        if next(flips): node.children = node.children[::-1]
+    return again
+
+
+def shown(tree):
+    "What a tree prints and draws."
+    places = {text.get_text(): text.xy for text in tree.draw().texts}
+    return tree.newick(), repr(tree), tree.leaves(), [tree.groups(d) for d in range(5)], places
+
+
+@settings(max_examples=10)
+@given(histories(), st.randoms(use_true_random=False))
+def test_what_is_shown_does_not_depend_on_sides(history, random):
+    tree, left, _ = history
+    if not left: return
+    again = mirrored(tree, iter(lambda: random.random() < 0.5, None))
+    assert shown(again) == shown(tree)
+    assert [leaf[0] for leaf in tree.leaves()][0] == left[0]  # the earliest task comes first
+
+
+@pytest.mark.parametrize("middle", [1e-6, -1e-6])
+def test_the_last_bit_decides_no_string(middle):
+    tree = TaskTree()
+    for k, x in enumerate((middle, -3.0, 1.5, 1.5)): tree.insert(k, [torch.tensor([x])])
+    sides = [child.tasks for child in tree.root.children]
+    assert sides == ([[1], [0, 2, 3]] if middle < 0 else [[0, 2, 3], [1]])  # left and right do depend on it
+    assert tree.newick() == "((0,2,3),1);" and tree.groups(1) == [{0, 2, 3}, {1}] and tree.leaves() == [[0, 2, 3], [1]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_states_keep_the_sides_that_were_cut(rule):
+    g, tree = torch.Generator().manual_seed(0), TaskTree(rule)
+    for k in range(12): tree.insert(k, torch.randn(4, 3, generator=g))
+    again = mirrored(tree, itertools.repeat(True))
+    plain, tensors = again.state()
+    assert plain["nodes"] != tree.state()[0]["nodes"] and again.newick() == tree.newick()
+    loaded = TaskTree.from_state(plain, tensors)
+    assert [n.tasks for n in loaded.root.walk()] == [n.tasks for n in again.root.walk()]
+
+
+def test_a_merged_entry_counts_from_its_earliest_task():
+    tree = TaskTree(budget=2)
+    for k, x in enumerate((0.0, 5.0, 0.1)): tree.insert(k, [torch.tensor([x])])
+    assert tree.keys == [1, 0] and tree.newick() == "((0,2),1);" and tree.leaves() == [[0, 2], [1]]

@@ -9,6 +9,7 @@ __all__ = ['LAYERS', 'FORMS', 'TUNED', 'WATCHED', 'TEXT_RATES', 'TUNING_STREAM',
            'mean_agreement']
 
 # %% ../nbs/experiments/41_llm.ipynb #33fd7082
+import os
 from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -132,7 +133,10 @@ LAMBDAS = (0.5, 2.0, 8.0)  # beside the default
 
 
 def fast_precision() -> str:
-    "bf16 where this machine computes in it natively, else float32: the fastest that loses nothing that matters here."
+    "bf16 where this machine computes in it natively, else float32; or what the variable TREELORA_PRECISION says: no, bf16 or fp16."
+    if wish := os.environ.get("TREELORA_PRECISION"):
+        if wish in ("no", "bf16", "fp16"): return wish
+        raise ValueError(f"TREELORA_PRECISION={wish!r} is no precision; known are no, bf16 and fp16.")
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "no"
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""

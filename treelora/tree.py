@@ -311,9 +311,21 @@ class TaskTree:
         keys = set(node.tasks)
         return [task for task, key in self._key.items() if key in keys]
 
+    def _children(self, node: Node) -> list[Node]:
+        "A node's children, first the one with its earliest task: which side of a cut that is on, rounding may decide."
+        first = self._key[self._names(node)[0]]
+        return sorted(node.children, key=lambda child: first not in child.tasks)
+
+    def _walk(self, node: Node | None) -> Iterator[Node]:
+        "A node and all below it, depth first, children in the order of `_children`."
+        if node is None: return
+        yield node
+        if node.children:
+            for child in self._children(node): yield from self._walk(child)
+
     def leaves(self) -> list[list]:
-        "The tasks of each leaf, from left to right."
-        return [self._names(n) for n in self.root.walk() if not n.children] if self.root else []
+        "The tasks of each leaf; of two branches the one with the earlier task first."
+        return [self._names(n) for n in self._walk(self.root) if not n.children]
 
     def path(self, task: Hashable) -> list[list]:
         "The groups that hold a task, from the root to its leaf."
@@ -321,8 +333,8 @@ class TaskTree:
         return [self._names(n) for n in self.root.walk() if key in n.tasks]
 
     def groups(self, depth: int) -> list[set]:
-        "The sets of tasks at a depth (0 is the root); a leaf that ends above it stays as it is."
-        nodes = self.root.walk() if self.root else ()
+        "The sets of tasks at a depth (0 is the root), ordered as `leaves`; a leaf that ends above it stays as it is."
+        nodes = self._walk(self.root)
         return [set(self._names(n)) for n in nodes if n.depth == depth or (n.depth < depth and not n.children)]
 
     def distance(self, a: Hashable, b: Hashable) -> int:
@@ -332,7 +344,7 @@ class TaskTree:
         return len(up) + len(down) - 2 * shared
 
     def newick(self) -> str:
-        "The tree in Newick's format, as phylogenetic tools read it."
+        "The tree in Newick's format, as phylogenetic tools read it; trees of equal groups give equal strings."
         return _newick(self, self.root) + ";" if self.root else ";"
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:  # what JSON holds, what safetensors holds
@@ -356,7 +368,7 @@ class TaskTree:
 # %% ../nbs/core/02_tree.ipynb #8c32eeb3
 def _newick(tree: TaskTree, node: Node) -> str:
     "A node as nested parentheses."
-    if node.children: inside = [_newick(tree, child) for child in node.children]
+    if node.children: inside = [_newick(tree, child) for child in tree._children(node)]
     else: inside = [_quoted(str(task)) for task in tree._names(node)]
     return inside[0] if len(inside) == 1 else f"({','.join(inside)})"
 
@@ -396,7 +408,7 @@ def _draw_node(tree: TaskTree, node: Node, places: Iterator[int], ax) -> float:
         label = "\n".join(str(task) for task in tree._names(node))
         ax.annotate(label, (x, -node.depth), ha="center", va="top", xytext=(0, -3), textcoords="offset points", fontsize=8)
     else:
-        xs = [_draw_node(tree, child, places, ax) for child in node.children]
+        xs = [_draw_node(tree, child, places, ax) for child in tree._children(node)]
         x = sum(xs) / 2
         for at in xs: ax.plot([x, at, at], [-node.depth, -node.depth, -node.depth - 1], color="0.55", lw=1.2, zorder=1)
     ax.plot(x, -node.depth, "o", color="#0072B2" if not node.children else "0.35", ms=4, zorder=2)
