@@ -30,7 +30,7 @@ setup(
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Source": cfg["git_url"], "Paper": "https://arxiv.org/abs/2506.10355"},
     license_expression="Apache-2.0",
-    license_files=["LICENSE", "CITATION.cff"],
+    license_files=["LICENSE", "CITATION.cff", "treelora/data/UNICODE-LICENSE.txt"],
     keywords=cfg["keywords"],
     classifiers=[
         "Development Status :: 3 - Alpha",
@@ -43,7 +43,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["treelora", "treelora.*"]),
-    package_data={"treelora": ["weights/*.safetensors", "data/*.csv"]},
+    package_data={"treelora": ["weights/*.safetensors", "data/*.csv", "data/*.json.gz", "data/UNICODE-LICENSE.txt"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
