@@ -50,6 +50,10 @@ class TextSet(Dataset):
         "One example."
         return self.examples[i]
 
+    def parts(self) -> Iterator[str]:
+        "What a stream's hash is taken over."
+        for example in self.examples: yield from (example.prompt, example.answer)
+
 # %% ../nbs/continual/16_text.ipynb #d460163a
 @dataclass(frozen=True)
 class TextTask:
