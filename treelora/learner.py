@@ -126,7 +126,7 @@ def _commit() -> str | None:
 
 def where(device: torch.device) -> dict:
     "Device, package versions, commit and date of a run."
-    packages = ("treelora", "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "babel", "sacrebleu", "numpy", "scikit-learn")
+    packages = ("treelora", "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "sacrebleu", "numpy", "scikit-learn")
     return {"device": _device_name(device), "packages": {p: _version(p) for p in packages} | {"python": platform.python_version()},
             "commit": _commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 

@@ -10,7 +10,7 @@ __all__ = ['ROWS', 'BEFORE', 'FORMAT', 'NEEDED', 'NAMES', 'NOTHING', 'STREAMS_OF
 # %% ../nbs/figures/51_tables.ipynb #7f2d26da
 import json, warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,7 @@ class Table:
     title: str
     head: list[str]
     rows: list[list[str]]
-    note: str = ""  # below it
+    note: str = field(default="", repr=False)  # below it
 
     def _repr_markdown_(self) -> str:
         line = lambda cells: "| " + " | ".join(cells) + " |"
@@ -123,7 +123,7 @@ def fits_data(
     except FileNotFoundError:
         if runs: raise
         return  # nothing is run, and the data is not at hand: what is there is shown
-    wrong = next((r for r in stay if r.data != now.get(r.seed)), None)
+    wrong = next((r for r in stay if not r.data or r.data != now[r.seed]), None)
     if wrong is None: return
     mine = f"but today's data has {now[wrong.seed][:12]}" if wrong.data else "so that new runs cannot stand beside them"
     raise ValueError(f"Results of {stream} are there already: {_said(wrong, stay)}, {mine}; run all of them again, or move them away, or use another --results folder.")
