@@ -29,7 +29,7 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Source": cfg["git_url"], "Paper": "https://arxiv.org/abs/2506.10355"},
-    license_expression="Apache-2.0",
+    license_expression="Apache-2.0 AND Unicode-3.0",
     license_files=["LICENSE", "CITATION.cff", "treelora/data/UNICODE-LICENSE.txt"],
     keywords=cfg["keywords"],
     classifiers=[

@@ -37,7 +37,7 @@ def read_cldr(
     found = hashlib.sha256(content).hexdigest()
     if found != sha256: raise _damaged(path, sha256, f"found is {found}")
     try: return _as_expected(json.loads(content))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(path, sha256, f"found is {found}, but it is not the expected JSON") from None
 
 
@@ -49,8 +49,9 @@ def _damaged(path: str | Path, sha256: str, what: str) -> ValueError:
 
 def _as_expected(found: dict) -> dict:
     "The same; KeyError or TypeError when it has not the form of a file of names."
-    for entry in [found["languages"]["en"], *found["languages"].values()]: entry["title"].strip()
-    found["cldr"].strip(), found["babel"].strip(), found["aliases"].items()
+    entries = [found["languages"]["en"], *found["languages"].values()]
+    texts = [found["cldr"], found["babel"], *(entry["title"] for entry in entries), *found["aliases"].values()]
+    if not all(isinstance(text, str) for text in texts): raise TypeError("a text is none")
     return found
 
 
