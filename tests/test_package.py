@@ -64,20 +64,20 @@ def metadata(wheel): return email.message_from_bytes(wheel.read(next(n for n in 
 
 def test_wheel_holds_the_whole_package(wheel):
     names = set(wheel.namelist())
-    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "treelora").rglob("*") if p.suffix in (".py", ".csv", ".safetensors")}
+    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "treelora").rglob("*") if p.suffix in (".py", ".csv", ".safetensors", ".gz", ".txt")}
     assert ours <= names, sorted(ours - names)
-    assert {"treelora/weights/glyph_vit.safetensors", "treelora/data/paper_tables.csv"} <= names
+    assert {"treelora/weights/glyph_vit.safetensors", "treelora/data/paper_tables.csv", "treelora/data/cldr.json.gz", "treelora/data/UNICODE-LICENSE.txt"} <= names
     strangers = {n for n in names if not n.startswith(("treelora/", f"treelora-{treelora.__version__}.dist-info/"))}
     assert not strangers, strangers
     licenses = {n.rpartition("/")[2] for n in names if ".dist-info/licenses/" in n}
-    assert licenses == {"LICENSE", "CITATION.cff"}
+    assert licenses == {"LICENSE", "CITATION.cff", "UNICODE-LICENSE.txt"}
     scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert "treelora = treelora.cli:main" in scripts and "treelora = treelora._modidx:d" in scripts
 
 
 def test_metadata_say_what_it_is(metadata):
     cfg = settings()
-    assert (metadata["Name"], metadata["Version"], metadata["License-Expression"]) == ("treelora", treelora.__version__, "Apache-2.0")
+    assert (metadata["Name"], metadata["Version"], metadata["License-Expression"]) == ("treelora", treelora.__version__, "Apache-2.0 AND Unicode-3.0")
     assert metadata["Requires-Python"] == f">={cfg['min_python']}" and metadata["Description-Content-Type"] == "text/markdown"
     minors = {c.rpartition(".")[2] for c in metadata.get_all("Classifier") if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", c)}
     assert min(minors, key=int) == cfg["min_python"].partition(".")[2]
@@ -94,7 +94,8 @@ def test_description_links_lead_somewhere_from_elsewhere(metadata):
 
 def test_source_archive_can_be_built_from(built):
     names = {n.partition("/")[2] for n in tarfile.open(next(built.glob("*.tar.gz"))).getnames()}
-    assert {"setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "treelora/weights/glyph_vit.safetensors"} <= names
+    assert {"setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "treelora/weights/glyph_vit.safetensors",
+            "treelora/data/cldr.json.gz", "treelora/data/UNICODE-LICENSE.txt"} <= names
 
 
 @pytest.mark.slow
@@ -106,6 +107,8 @@ def test_installed_wheel_works_without_development_packages(built, wheel, tmp_pa
     assert python(code, tmp_path) == f"treelora {version}"
     weights = BLOCK + "from treelora.models import get_model; print(type(get_model('glyph-vit', 2)).__name__)"
     assert python(weights, tmp_path) == "VisionTransformer"
+    names = BLOCK.replace("{'nbdev'", "{'babel', 'nbdev'") + "from treelora.cldr import cldr_names; print(cldr_names('es')['Germany'])"
+    assert python(names, tmp_path) == "Alemania"
 
 
 def test_import_is_quick_and_light():

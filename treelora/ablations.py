@@ -24,6 +24,7 @@ from .experiments_llm import agreement, saved_kinship
 from .figures import load_results, look, new_figure, style
 from .learner import run, where
 from .streams import get_stream
+from .tables import fits_data, noted, same_data
 
 # %% ../nbs/experiments/46_ablations.ipynb #3269dfe7
 @dataclass(frozen=True)
@@ -64,25 +65,31 @@ def ablate(
     results: str | Path = "results",
     progress: bool = True,
 ) -> Path:  # the file
-    "Run what is missing and write it down, row by row: stopped anywhere, it goes on from there. Raises ValueError for an unknown name."
+    "Run what is missing and write it down, row by row: stopped anywhere, it goes on from there. Raises ValueError for an unknown name, and for rows of other data."
     if unknown := set(names or ()) - set(ABLATIONS): raise ValueError(f"Unknown ablation {sorted(unknown)[0]!r}; known are {', '.join(ABLATIONS)}.")
     path = Path(results) / stream / "ablations.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(r["ablation"], r["label"], r["method"], r["seed"]) for r in rows}
-    for seed in seeds:
-        for name in names or ABLATIONS:
-            for change in ABLATIONS[name]:
-                if (name, change.label, change.method, seed) in done: continue
-                rows.append({"ablation": name, "label": change.label, "method": change.method, "seed": seed} | _changed(stream, change, seed, results, progress))
-                replace_file(path, (json.dumps({"format": 1, "stream": stream, "rows": rows} | where(torch.device("cpu")), indent=None) + "\n").encode())
+    plan = [(seed, name, change) for seed in seeds for name in names or ABLATIONS for change in ABLATIONS[name]]
+    missing = [(seed, name, change) for seed, name, change in plan if (name, change.label, change.method, seed) not in done]
+    fits_data(results, stream, "quick", lambda seed: get_stream(stream, "quick", seed).sha256, {_data_seed(change, seed) for seed, _, change in plan}, bool(missing))
+    for seed, name, change in missing:
+        row = {"ablation": name, "label": change.label, "method": change.method, "seed": seed} | _changed(stream, change, seed, results, progress)
+        rows.append(row)
+        replace_file(path, (json.dumps({"format": 1, "stream": stream, "rows": rows} | where(torch.device("cpu")), indent=None) + "\n").encode())
     return path
+
+
+def _data_seed(change: Change, seed: int) -> int:
+    "The seed that the data is drawn with."
+    return change.stream.get("seed", seed)
 
 
 def _changed(stream: str, change: Change, seed: int, results: str | Path, progress: bool) -> dict:
     "One run."
     tasks = get_stream(stream, "quick", **({"seed": seed} | change.stream))
     r = run(tasks, change.method, "quick", seed, progress=progress, **({"lr": tuned_rate(results, stream, "quick", change.rate_of or change.method)} | change.settings))
-    return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds, 3)}
+    return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds, 3), "data_seed": _data_seed(change, seed), "sha256": r.sha256}
 
 # %% ../nbs/experiments/46_ablations.ipynb #b6f43909
 def load_ablation(
@@ -91,6 +98,7 @@ def load_ablation(
     stream: str = "split-digits",
 ) -> dict[tuple[str, str], list[dict]]:  # (label, method) -> one row a seed
     "The rows of an ablation. Raises FileNotFoundError when it was not run."
+    same_data(results, stream)
     path = Path(results) / stream / "ablations.json"
     rows = [r for r in json.loads(path.read_text())["rows"] if r["ablation"] == name] if path.exists() else []
     if not rows: raise FileNotFoundError(f"There is no ablation {name!r} of {stream} in {results}; make it with treelora.ablations.ablate([{name!r}], {stream!r}).")
@@ -111,7 +119,7 @@ def ablation_table(
     for (label, method), rows in found.items():
         what = f"{look(method)['label']}, {label}" if several else label
         lines.append(f"| {what} | {_spread(rows, 'op')} | {_spread(rows, 'bwt')} | {np.mean([r['train'] for r in rows]):.1f} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", note] if (note := noted(results, stream)) else [])])
 
 
 def _spread(rows: list[dict], score: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .experiments import RATES, result_path, tune, tuned_rate
+from .experiments import RATES, check_data, result_path, tune, tuned_rate
 from .experiments_llm import TEXT_RATES, TUNING_STREAM, WATCHED, fast_precision, watched
 from .figures import load_results, look, new_figure, score_name, style
 from .learner import run
@@ -41,12 +41,14 @@ def contend(
     rates: str | None = None,  # a stream whose tuned learning rates to take; None: tune on this one
     **settings,  # of `treelora.learner.run`, e.g. epochs, model, weights
 ) -> list[Path]:  # the results' files
-    "Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything starts, for a method that the stream's kind does not have, or for rates that nothing was tuned for."
+    "Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything starts, for a method that the stream's kind does not have, for rates that nothing was tuned for, or for results that stay and are of other data."
     kind = get_stream(stream, scale, root=root).kind
     chosen = _known(methods, kind)
     common = dict(results=results, missing_only=missing_only, root=root, progress=progress) | ({"precision": fast_precision()} if kind == "language" else {}) | settings
     budgets = [(scale, chosen, {}), (f"{scale}/{SHORT_FOLDER[kind]}", [m for m in chosen if m in SHORT_METHODS[kind]], {"epochs": 1})]
     if settings.get("epochs") == 1: budgets = budgets[:1]  # the second would be the same again
+    paths = [result_path(results, stream, folder, m, seed) for seed in seeds for folder, those, _ in budgets for m in those]
+    check_data(results, stream, scale, paths, seeds, missing_only, root)
     if rates is not None: _check_rates(results, rates, budgets)
     for folder, those, epochs in budgets if rates is None else ():
         tune(TUNING_STREAM if stream == "cldr" else stream, scale, [m for m in those if m != "fix"], rates=GRID[kind],

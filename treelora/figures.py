@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .tables import parts_table, read_results, table
+from .tables import noted, parts_table, read_results, table
 
 # %% ../nbs/figures/50_figures.ipynb #7c703e82
 def load_results(
@@ -319,7 +319,7 @@ def caption(
             5: "The tree of tasks after the last one.", 8: "The tree of tasks after each task."}[4 if n in STREAMS else n]
     seeds = sorted({r["config"]["seed"] for r in runs})
     return (f"{what} Stream {stream}, backbone {runs[0]['config']['model']}, {runs[0]['config']['epochs']} epochs a task, seeds {', '.join(map(str, seeds))}"
-            + ("; bands and bars are one standard deviation" if n in (1, 4, *STREAMS) else f"; seed {seeds[0]}") + f"; {runs[0]['device']}.")
+            + ("; bands and bars are one standard deviation" if n in (1, 4, *STREAMS) else f"; seed {seeds[0]}") + f"; {runs[0]['device']}." + (f" {note}" if (note := noted(results, stream, scale)) else ""))
 
 # %% ../nbs/figures/50_figures.ipynb #83421046
 def save_figure(

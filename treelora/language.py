@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'SMOLLM2_REVISION', 'SMOLLM2_FILE', 'IGNORED', 'cache_folder', 'packaged_smollm2', 'convert_gguf',
-           'load_smollm2', 'load_language_model', 'ready_tokenizer', 'add_adapters', 'Collator', 'answer_loss',
-           'answer_logits', 'answer_nll', 'generate', 'prompt_features']
+           'load_smollm2', 'load_language_model', 'ready_tokenizer', 'language_weights_file', 'add_adapters',
+           'Collator', 'answer_loss', 'answer_logits', 'answer_nll', 'generate', 'prompt_features']
 
 # %% ../nbs/continual/18_language.ipynb #ea466b0c
 import hashlib, os, tempfile, warnings
@@ -125,6 +125,13 @@ def ready_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def language_weights_file(
+    name: str | Path,  # as in `load_language_model`
+) -> Path | None:  # None: the weights are not those of one file
+    "The file that a language model's weights come from: the packaged GGUF of SmolLM2."
+    return packaged_smollm2() if name == "smollm2" else None
 
 # %% ../nbs/continual/18_language.ipynb #8faf3bfa
 def add_adapters(

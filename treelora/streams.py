@@ -7,10 +7,11 @@ __all__ = ['FASHION_NAMES', 'FASHION_FILES', 'FASHION_DEBIAN', 'SCALES', 'Builde
            'data_folders', 'read_parquet', 'tiny_imagenet_halves', 'register_stream', 'list_streams', 'get_stream']
 
 # %% ../nbs/continual/11_streams.ipynb #be21c34e
-import gzip, io, os, random, zlib
+import gzip, hashlib, io, os, random, zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, is_dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
@@ -66,6 +67,10 @@ class ImageSet(Dataset):
         "Everything at once, for small sets."
         return self[:]
 
+    def parts(self) -> Iterator[torch.Tensor]:
+        "What a stream's hash is taken over."
+        yield from (self.images, self.labels)
+
 # %% ../nbs/continual/11_streams.ipynb #1999ee07
 @dataclass(frozen=True)
 class Task:
@@ -99,6 +104,28 @@ def _check_task(
             )
 
 # %% ../nbs/continual/11_streams.ipynb #d844209b
+def _feed(
+    digest,  # of hashlib
+    thing,  # text, numbers, tensors, arrays; tuples, lists, dicts and dataclasses of them
+) -> None:
+    "Add a thing to a hash, with its kind and length, so that different things never add the same bytes."
+    if isinstance(thing, str): digest.update(_framed("text", thing.encode("utf-8", "surrogatepass")))
+    elif isinstance(thing, (torch.Tensor, np.ndarray)):
+        array = np.ascontiguousarray(thing.detach().cpu() if isinstance(thing, torch.Tensor) else thing)
+        digest.update(_framed(f"{array.dtype.name} {tuple(thing.shape)}", array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()))
+    elif is_dataclass(thing): _feed(digest, astuple(thing))
+    elif isinstance(thing, dict): _feed(digest, sorted(thing.items()))
+    elif isinstance(thing, (tuple, list)):
+        digest.update(_framed("list", str(len(thing)).encode()))
+        for part in thing: _feed(digest, part)
+    else: digest.update(_framed(type(thing).__name__, repr(thing).encode()))
+
+
+def _framed(kind: str, content: bytes) -> bytes:
+    "A kind and a content, each after its length."
+    return b"".join(len(part).to_bytes(8, "little") + part for part in (kind.encode(), content))
+
+
 @dataclass(frozen=True)
 class Stream:
     "Tasks in the order in which they arrive, of any kind; `ValueError` if there are none, or two share a name."
@@ -141,6 +168,17 @@ class Stream:
         tasks = tasks if isinstance(tasks, (list, tuple)) else [tasks]
         if not tasks: raise ValueError(f"No task of the stream {self.name!r} was asked for; name at least one.")
         return [getattr(t if hasattr(t, split) else self[t], split) for t in tasks]
+
+    @cached_property
+    def sha256(self) -> str:
+        "Hash of the tasks' names and of all examples of both splits, in order; the same data has the same on every machine."
+        digest = hashlib.sha256()
+        for task in self.tasks:
+            _feed(digest, task.name)
+            for data in (task.train, task.test):
+                _feed(digest, str(len(data)))
+                for part in data.parts() if hasattr(data, "parts") else map(data.__getitem__, range(len(data))): _feed(digest, part)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

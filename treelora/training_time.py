@@ -24,6 +24,7 @@ from .experiments_llm import fast_precision
 from .figures import look, new_figure, style
 from .learner import compile_blocks, run, where
 from .streams import get_stream
+from .tables import fits_data, noted, same_data
 
 # %% ../nbs/experiments/45_training_time.ipynb #eef139f5
 SAVINGS = {  # name -> settings of `treelora.learner.run`, for images and texts
@@ -53,11 +54,13 @@ def measure_time(
     progress: bool = True,
     **settings,  # of `treelora.learner.run`
 ) -> Path:  # the file
-    "Run the plan, seeds outermost, in one process, so that all times are of the same machine; what is in the file already is kept."
+    "Run the plan, seeds outermost, in one process, so that all times are of the same machine; what is in the file already is kept. Raises ValueError when it is of other data."
     path, kind = Path(results) / stream / "time.json", get_stream(stream, "quick", root=settings.get("root")).kind
     if kind == "language": settings = {"precision": fast_precision()} | settings
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(r["method"], tuple(r["savings"]), r["seed"]) for r in rows}
+    missing = any((method, tuple(savings), seed) not in done for seed in seeds for method, savings in plan or PLANS[kind])
+    fits_data(results, stream, "quick", lambda seed: get_stream(stream, "quick", seed, settings.get("root")).sha256, seeds, missing)
     for seed in seeds:
         for method, savings in plan or PLANS[kind]:
             if (method, tuple(savings), seed) in done: continue
@@ -76,7 +79,7 @@ def _measured(stream: str, kind: str, method: str, savings: Sequence[str], seed:
     "One run as a row."
     changes = {k: v for s in savings for k, v in SAVINGS[kind][s].items()}
     r = run(stream, method, "quick", seed, progress=progress, **{"lr": lr} | settings | changes)
-    return {"method": method, "savings": list(savings), "seed": seed, "op": r.op, "bwt": r.bwt, "train": r.seconds, "steps": r.seconds_by_phase["steps"], "device": r.where["device"]}
+    return {"method": method, "savings": list(savings), "seed": seed, "op": r.op, "bwt": r.bwt, "train": r.seconds, "steps": r.seconds_by_phase["steps"], "device": r.where["device"], "sha256": r.sha256}
 
 # %% ../nbs/experiments/45_training_time.ipynb #5752209d
 def time_rows(
@@ -122,7 +125,7 @@ def time_table(
     for r in rows:
         ratios = [f"{r[x]['ratio']:.2f}" + ("" if r[x]["as accurate"] else " (less accurate)") if x in r else "" for x in rivals]
         lines.append("| " + " | ".join([look(r["method"])["label"], ", ".join(r["savings"]) or "–", f"{100 * r['op']:.1f} ± {100 * r['spread']:.1f}", f"{r['steps']:.0f}", f"{r['train']:.1f}", *ratios]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", note] if (note := noted(results, stream)) else [])])
 
 
 def _called(method: str, savings: Sequence[str]) -> str:
@@ -137,6 +140,7 @@ def load_times(
     "What `measure_time` has written. Raises FileNotFoundError when there is nothing."
     path = Path(results) / stream / "time.json"
     if not path.exists(): raise FileNotFoundError(f"There are no training times of {stream} in {results}; make them with `treelora bench time --stream {stream}`.")
+    same_data(results, stream)
     return json.loads(path.read_text())
 
 # %% ../nbs/experiments/45_training_time.ipynb #e4d6d86c
