@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAG', 'FORMAT', 'KEEP', 'INDEX', 'MOVING', 'STILL', 'write_file', 'replace_file', 'check_writable', 'Packer',
-           'Weights', 'fingerprint', 'Damaged', 'Saved', 'Checkpoints', 'random_states', 'restore_random_states',
-           'write_peft', 'read_peft', 'peft_names']
+           'Weights', 'fingerprint', 'file_sha256', 'weights_sha256', 'Damaged', 'Saved', 'Checkpoints',
+           'random_states', 'restore_random_states', 'write_peft', 'read_peft', 'peft_names']
 
 # %% ../nbs/continual/13b_checkpoint.ipynb #c13b0004
 import hashlib, json, math, os, random, shutil, sys, tempfile, warnings
@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +350,35 @@ def fingerprint(
         flat = (x.full_tensor() if isinstance(x, DTensor) else x).detach().reshape(-1)  # a sharded weight is put together
         if name not in skip and len(flat): digest.update(flat[:: max(1, len(flat) // 256)][:256].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+# %% ../nbs/continual/13b_checkpoint.ipynb #c13b0052
+def file_sha256(
+    path: str | Path,
+) -> str:
+    "SHA-256 of a file, as `sha256sum` prints it; computed once for as long as the file stays the same."
+    path = Path(path).resolve()
+    return _file_sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@lru_cache(maxsize=64)
+def _file_sha256(path: Path, changed: int, size: int) -> str:
+    "The hash itself, piece by piece."
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20): digest.update(piece)
+    return digest.hexdigest()
+
+
+def weights_sha256(
+    weights: dict[str, torch.Tensor],  # by name
+) -> str:
+    "SHA-256 of weights: names, types, shapes and all bytes, in the order of the names."
+    digest = hashlib.sha256()
+    for name, x in sorted(weights.items()):
+        whole = (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu().contiguous()  # a sharded one is put together
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../nbs/continual/13b_checkpoint.ipynb #c13b0017
 FORMAT, KEEP = 1, 2  # of the files; how many checkpoints stay

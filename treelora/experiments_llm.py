@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .experiments import tune, tuned_rate
+from .experiments import check_data, tune, tuned_rate
 from .figures import load_results
 from .learner import run
 from .methods import get_method
@@ -183,13 +183,17 @@ def run_language_set(
     missing_only: bool = False,  # skip runs whose result is there
     progress: bool = True,
 ) -> list[Path]:  # the results' files
-    "The set of this page on `cldr`: all methods, half the epochs for `treelora-branch`, the sweep over lambda; each result is saved as soon as it is there."
-    folder, common, paths = Path(results) / "cldr" / "quick", dict(missing_only=missing_only, progress=progress), []
+    "The set of this page on `cldr`: all methods, half the epochs for `treelora-branch`, the sweep over lambda; each result is saved as soon as it is there. Raises ValueError when results that stay are of other data."
+    folder, planned = Path(results) / "cldr" / "quick", []
     for seed in seeds:  # outermost: what else the machine does then disturbs all methods alike
-        for m in methods: paths.append(_run_to(folder / f"{m}-seed{seed}.json", method=m, seed=seed, lr=language_rate(results, m), **common))
-        paths.append(_run_to(folder / "half" / f"treelora-branch-seed{seed}.json", method="treelora-branch", seed=seed, lr=language_rate(results, "treelora-branch", half=True), epochs=1, **common))
-    for lam in LAMBDAS: paths.append(_run_to(folder / "lambda" / f"treelora-lam{lam:g}-seed{seeds[0]}.json", method="treelora", seed=seeds[0], lr=language_rate(results, "treelora"), lam=lam, **common))
-    return paths
+        for m in methods: planned.append((folder / f"{m}-seed{seed}.json", dict(method=m, seed=seed, lr=language_rate(results, m))))
+        half = dict(method="treelora-branch", seed=seed, lr=language_rate(results, "treelora-branch", half=True), epochs=1)
+        planned.append((folder / "half" / f"treelora-branch-seed{seed}.json", half))
+    for lam in LAMBDAS:
+        swept = dict(method="treelora", seed=seeds[0], lr=language_rate(results, "treelora"), lam=lam)
+        planned.append((folder / "lambda" / f"treelora-lam{lam:g}-seed{seeds[0]}.json", swept))
+    check_data(results, "cldr", "quick", [path for path, _ in planned], seeds, missing_only)
+    return [_run_to(path, missing_only=missing_only, progress=progress, **settings) for path, settings in planned]
 
 # %% ../nbs/experiments/41_llm.ipynb #b4f708f6
 def in_family(

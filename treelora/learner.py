@@ -11,7 +11,7 @@ import hashlib, json, math, os, platform, resource, subprocess, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -30,9 +30,9 @@ from tqdm.auto import tqdm
 
 from . import metrics
 from .ahead import activations
-from .checkpoint import (Checkpoints, Packer, Weights, check_writable, fingerprint, peft_names, random_states, read_peft, replace_file,
-                                 restore_random_states, write_peft)
-from .models import get_model, model_for
+from .checkpoint import (Checkpoints, Packer, Weights, check_writable, file_sha256, fingerprint, peft_names, random_states, read_peft, replace_file,
+                                 restore_random_states, weights_sha256, write_peft)
+from .models import HEADS, get_model, model_for, weights_file
 from .shard import repeated_blocks, shard_frozen
 from .streams import Stream, get_stream
 
@@ -67,6 +67,7 @@ class Result:
     extra: dict
     memory: dict
     where: dict  # device, packages, commit, date
+    sha256: dict = field(default_factory=dict)  # of the stream's data, and of the backbone's weights
 
     @property
     def op(self) -> float:
@@ -125,7 +126,7 @@ def _commit() -> str | None:
 
 def where(device: torch.device) -> dict:
     "Device, package versions, commit and date of a run."
-    packages = ("treelora", "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "babel", "sacrebleu", "numpy", "scikit-learn")
+    packages = ("treelora", "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "sacrebleu", "numpy", "scikit-learn")
     return {"device": _device_name(device), "packages": {p: _version(p) for p in packages} | {"python": platform.python_version()},
             "commit": _commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -590,13 +591,14 @@ def run(
     chosen = settings(scale, stream.kind, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule)
     build = _class_of(method, stream.kind)
     set_seed(seed)
-    backbone, name = BACKBONES[stream.kind](stream, model, seed, weights, precision)
+    backbone, name, file = BACKBONES[stream.kind](stream, model, seed, weights, precision)
+    sha256 = {"data": stream.sha256, "weights": _weights_sha256(backbone, file)}  # before adapters come in
     learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision,
                       ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, **chosen)
     if checkpoints is not None: learner.keeper = Keeper(learner, checkpoints, checkpoint_every, resume)
     with learner.watch("total"): learner.fit()
     faster = {k: v for k, v in dict(ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard).items() if v}
-    return _result(learner, {"stream": stream.name, "kind": stream.kind, "method": build.name, "scale": scale, "seed": seed, "model": name, "precision": precision} | chosen | faster)
+    return _result(learner, {"stream": stream.name, "kind": stream.kind, "method": build.name, "scale": scale, "seed": seed, "model": name, "precision": precision} | chosen | faster, sha256)
 
 
 def _made(build: type, backbone, stream: Stream, seed: int, options: dict):
@@ -607,22 +609,23 @@ def _made(build: type, backbone, stream: Stream, seed: int, options: dict):
         raise ValueError(f"The method {build.name!r} has no setting {str(error).split()[-1]}; it was given {', '.join(options)}.") from None
 
 
-def _vision_backbone(stream: Stream, model, seed: int, weights, precision: str) -> tuple[torch.nn.Module, str]:
-    "The model that takes the stream's images, and its name."
+def _vision_backbone(stream: Stream, model, seed: int, weights, precision: str) -> tuple[torch.nn.Module, str, Path | None]:
+    "The model that takes the stream's images, its name, and the file of its weights, if there is one."
     name = model_for(stream.image_size, stream.in_chans) if model is None else model
-    if isinstance(name, str): backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights)
-    else: backbone, name = model, type(model).__name__
+    if isinstance(name, str): backbone, file = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights), weights_file(name, weights)
+    else: backbone, name, file = model, type(model).__name__, None
     _check_fit(backbone, stream)
-    return backbone, name
+    return backbone, name, file
 
 
-def _language_backbone(stream: Stream, model, seed: int, weights, precision: str) -> tuple[tuple, str]:
-    "A language model with its tokenizer, and its name."
+def _language_backbone(stream: Stream, model, seed: int, weights, precision: str) -> tuple[tuple, str, Path | None]:
+    "A language model with its tokenizer, its name, and the file of its weights, if there is one."
     if weights is not None: raise ValueError("weights= is for vision backbones; pass a language model's folder or name as model=.")
-    if isinstance(model, tuple): return model, type(model[0]).__name__
-    from treelora.language import load_language_model  # here: vision runs need no transformers
+    if isinstance(model, tuple): return model, type(model[0]).__name__, None
+    from treelora.language import language_weights_file, load_language_model  # here: vision runs need no transformers
     dtype = torch.bfloat16 if precision == "bf16" else "auto"  # of the frozen weights; PEFT keeps the adapters in float32
-    return load_language_model(model or "smollm2", dtype, attention=_attention(stream)), str(model or "smollm2")
+    name = model or "smollm2"
+    return load_language_model(name, dtype, attention=_attention(stream)), str(name), language_weights_file(name)
 
 
 SHORT = 1000  # characters
@@ -637,6 +640,13 @@ def _attention(stream: Stream) -> str | None:
 BACKBONES = {"vision": _vision_backbone, "language": _language_backbone}
 
 
+def _weights_sha256(backbone, file: Path | None) -> str:
+    "SHA-256 of a backbone's weights: of their file, else of its parameters as they are, without a head, which belongs to the tasks."
+    if file is not None: return file_sha256(file)
+    model = backbone[0] if isinstance(backbone, tuple) else backbone
+    return weights_sha256({n: p for n, p in model.named_parameters() if not n.startswith(HEADS)})
+
+
 def _check_fit(model: torch.nn.Module, stream: Stream) -> None:
     "Raise ValueError when a stream's images do not fit a model."
     embed = getattr(model, "patch_embed", None)
@@ -647,7 +657,7 @@ def _check_fit(model: torch.nn.Module, stream: Stream) -> None:
                          f"but the model takes {wanted[0]} x {wanted[1]} x {wanted[2]}; choose another scale or model.")
 
 # %% ../nbs/continual/13_learner.ipynb #e6c48bf1
-def _result(learner: Learner, config: dict) -> Result:
+def _result(learner: Learner, config: dict, sha256: dict) -> Result:
     "What a finished run has to say."
     stream, method, watch = learner.stream, learner.method, learner.watch.seconds
     counts = {"n_params": sum(p.numel() for p in method.model.parameters()), "n_trained": sum(p.numel() for p in method.parameters())}
@@ -658,4 +668,4 @@ def _result(learner: Learner, config: dict) -> Result:
     return Result(config | counts | metrics_used | {"method_config": method.options}, [t.name for t in stream], [list(getattr(t, "classes", ())) for t in stream],
                   [len(t.train) for t in stream], [len(t.test) for t in stream], learner.R, phases, learner.samples / max(phases["train"], 1e-9),
                   learner.curves, method.trees(), method.extra(),
-                  {"peak_bytes": _peak_bytes(learner.device), "stored_bytes": method.stored_bytes, "stored": method.stored()}, where(learner.device))
+                  {"peak_bytes": _peak_bytes(learner.device), "stored_bytes": method.stored_bytes, "stored": method.stored()}, where(learner.device), sha256)

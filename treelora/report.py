@@ -10,14 +10,14 @@ __all__ = ['ENOUGH', 'SCORES', 'HOLDS', 'PARTLY', 'FAILS', 'UNTESTED', 'VERDICTS
 
 # %% ../nbs/report.ipynb #rep0003
 import json, math, re, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from .metrics import bwt, op
-from .tables import NAMES
+from .tables import NAMES, ROWS, same_data
 
 # %% ../nbs/report.ipynb #rep0021
 class Missing(FileNotFoundError):
@@ -35,7 +35,8 @@ class Evidence:
         stream: str,
         folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
     ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
-        "All runs in a folder. Raises `Missing` when there is none."
+        "All runs in a folder. Raises `Missing` when there is none, ValueError when they are of different data."
+        same_data(self.root, stream, folder)
         found: dict = {}
         for path in sorted((self.root / stream / folder).glob("*-seed*.json")):
             run = self._read(path, lambda r: _fault_of_run(r, path, stream))
@@ -50,6 +51,7 @@ class Evidence:
     ) -> dict:
         "A file of rows. Raises `Missing` with the command when it is not there, or not whole."
         path = self.root / name
+        if path.name in ROWS: same_data(self.root, path.parent.name)
         found = self._read(path, _fault_of_rows) if path.exists() else None
         if found is None: raise Missing(command)
         return found
@@ -163,7 +165,12 @@ def tally(
 def _on(stream: str, runs: dict[int, dict]) -> str:
     "Stream, model, seeds and device of some runs."
     first = next(iter(runs.values()))
-    return f"{stream}, {first['config'].get('model', '?')}, {_seeds(len(runs))}, {_device(first)}"
+    return f"{stream}, {first['config'].get('model', '?')}, {_seeds(len(runs))}, {_device(first)}{_before(runs.values())}"
+
+
+def _before(runs: Iterable[dict]) -> str:
+    "What is said of results, or rows, that do not say of which data they are."
+    return "" if all((r.get("sha256") or {}).get("data") for r in runs) else ", before data hashes"
 
 
 def _device(where: dict) -> str: return str(where.get("device", "?")).split(" (")[0].upper()
@@ -297,7 +304,7 @@ def _faster(evidence: Evidence, stream: str, rival: str, factor: float, forms: S
     if best: words.append(f"best as accurate: {best[0]:.1f}x, {_name(best[1])} ({', '.join(best[2]) or 'no savings'})")
     plain = any(ratio >= factor and accurate and not savings for found in every.values() for savings, ratio, accurate, _ in found)
     verdict = HOLDS if plain else PARTLY if best and best[0] >= factor else FAILS
-    return Finding(verdict, f"time of {_name(rival)} over its own: " + "; ".join(words), f"{stream}, {_seeds(ENOUGH)}, {_device(table)}")
+    return Finding(verdict, f"time of {_name(rival)} over its own: " + "; ".join(words), f"{stream}, {_seeds(ENOUGH)}, {_device(table)}{_before(table['rows'])}")
 
 
 def c2(evidence: Evidence) -> Finding:
@@ -354,7 +361,7 @@ def _ablation(evidence: Evidence, name: str, method: str = "treelora") -> tuple[
         if (r["ablation"], r["method"]) == (name, method): found.setdefault(r["label"], {})[r["seed"]] = 100 * r["op"]
     found = {label: row for label, row in found.items() if len(row) >= ENOUGH}
     if not found: raise Missing(_ablate(name))
-    return found, f"{VISION[0]}, {_seeds(min(map(len, found.values())))}, {_device(table)}"
+    return found, f"{VISION[0]}, {_seeds(min(map(len, found.values())))}, {_device(table)}{_before(table['rows'])}"
 
 
 def _ablate(name: str) -> str:
