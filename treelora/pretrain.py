@@ -21,9 +21,6 @@ import numpy as np
 import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -179,6 +176,10 @@ def linear_probe(
     test: ImageSet,
 ) -> float:  # share of test images that are classified correctly
     "Accuracy of a logistic regression on frozen (standardised) features."
+    from sklearn.linear_model import LogisticRegression  # here: only the probe needs it
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(_all_features(model, train), train.labels.numpy())
     return float(probe.score(_all_features(model, test), test.labels.numpy()))

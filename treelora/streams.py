@@ -19,8 +19,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
@@ -323,6 +321,9 @@ def _digits(
     root: Path | None,  # unused: the images come with scikit-learn
 ) -> TaskStream:
     "scikit-learn's digits as five tasks of two."
+    from sklearn.datasets import load_digits  # here: it takes longer to import than all else
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = F.interpolate(torch.from_numpy(data.images).float()[:, None] / 16, scale_factor=2, mode="bilinear")
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=data.target, random_state=seed)
