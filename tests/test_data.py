@@ -417,7 +417,7 @@ def test_new_runs_do_not_stand_beside_results_from_before_hashes(name, writer, s
         content = json.loads((saved / "split-digits" / rows).read_text())
         content["rows"] = [r for r in content["rows"] if r["seed"] != 1]
         (saved / "split-digits" / rows).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no data hash, being from before hashes, so that new runs cannot stand beside them"): writer(saved)
+    with pytest.raises(ValueError, match="no data hash, being from before hashes, so that no new runs fit beside them"): writer(saved)
 
 
 def test_all_of_them_can_be_run_again(saved, monkeypatch, no_runs):

@@ -70,12 +70,13 @@ def ablate(
     path = Path(results) / stream / "ablations.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(r["ablation"], r["label"], r["method"], r["seed"]) for r in rows}
-    plan = [(seed, name, change) for seed in seeds for name in names or ABLATIONS for change in ABLATIONS[name]]
-    missing = [(seed, name, change) for seed, name, change in plan if (name, change.label, change.method, seed) not in done]
-    fits_data(results, stream, "quick", lambda seed: get_stream(stream, "quick", seed).sha256, {_data_seed(change, seed) for seed, _, change in plan}, bool(missing))
+    plan = [(s, name, change) for s in seeds for name in names or ABLATIONS for change in ABLATIONS[name]]
+    missing = [(s, name, x) for s, name, x in plan if (name, x.label, x.method, s) not in done]
+    drawn = {_data_seed(change, seed) for seed, _, change in plan}
+    fits_data(results, stream, "quick", lambda s: get_stream(stream, "quick", s).sha256, drawn, bool(missing))
     for seed, name, change in missing:
-        row = {"ablation": name, "label": change.label, "method": change.method, "seed": seed} | _changed(stream, change, seed, results, progress)
-        rows.append(row)
+        row = {"ablation": name, "label": change.label, "method": change.method, "seed": seed}
+        rows.append(row | _changed(stream, change, seed, results, progress))
         replace_file(path, (json.dumps({"format": 1, "stream": stream, "rows": rows} | where(torch.device("cpu")), indent=None) + "\n").encode())
     return path
 
@@ -89,7 +90,8 @@ def _changed(stream: str, change: Change, seed: int, results: str | Path, progre
     "One run."
     tasks = get_stream(stream, "quick", **({"seed": seed} | change.stream))
     r = run(tasks, change.method, "quick", seed, progress=progress, **({"lr": tuned_rate(results, stream, "quick", change.rate_of or change.method)} | change.settings))
-    return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds, 3), "data_seed": _data_seed(change, seed), "sha256": r.sha256}
+    return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds, 3),
+            "data_seed": _data_seed(change, seed), "sha256": r.sha256}
 
 # %% ../nbs/experiments/46_ablations.ipynb #b6f43909
 def load_ablation(

@@ -355,7 +355,7 @@ def fingerprint(
 def file_sha256(
     path: str | Path,
 ) -> str:
-    "SHA-256 of a file, as `sha256sum` prints it; computed once for as long as the file stays the same."
+    "SHA-256 of a file, as `sha256sum` prints it; computed once while the file stays the same."
     path = Path(path).resolve()
     return _file_sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
 
@@ -375,7 +375,8 @@ def weights_sha256(
     "SHA-256 of weights: names, types, shapes and all bytes, in the order of the names."
     digest = hashlib.sha256()
     for name, x in sorted(weights.items()):
-        whole = (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu().contiguous()  # a sharded one is put together
+        whole = x.full_tensor() if isinstance(x, DTensor) else x  # a sharded one is put together
+        whole = whole.detach().cpu().contiguous()
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

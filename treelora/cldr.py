@@ -43,14 +43,14 @@ def read_cldr(
 
 def _damaged(path: str | Path, sha256: str, what: str) -> ValueError:
     "The error for a file that cannot be used."
-    return ValueError(f"The file of names {path} is missing or damaged: its content should have the sha256 {sha256}, "
-                      f"but {what}; install the package treelora again.")
+    return ValueError(f"The file of names {path} is missing or damaged: its content should have "
+                      f"the sha256 {sha256}, but {what}; install the package treelora again.")
 
 
 def _as_expected(found: dict) -> dict:
     "The same; KeyError or TypeError when it has not the form of a file of names."
     entries = [found["languages"]["en"], *found["languages"].values()]
-    texts = [found["cldr"], found["babel"], *(entry["title"] for entry in entries), *found["aliases"].values()]
+    texts = [found["cldr"], found["babel"], *(e["title"] for e in entries), *found["aliases"].values()]
     if not all(isinstance(text, str) for text in texts): raise TypeError("a text is none")
     return found
 
@@ -79,13 +79,14 @@ def cldr_code(
     wanted = language.strip().replace("-", "_").lower()
     known = _spellings(names) if names is not shipped_cldr() else _shipped_spellings()
     if wanted in known: return known[wanted]
-    raise ValueError(f"CLDR knows no language {language!r}; list(treelora.text.cldr_languages()) lists the codes that it knows, "
-                     f"those with at least {LEAST} names, and `treelora cldr` says what an installed babel would add.")
+    raise ValueError(
+        f"CLDR knows no language {language!r}; list(treelora.text.cldr_languages()) lists the codes that it "
+        f"knows, those with at least {LEAST} names, and `treelora cldr` says what an installed babel would add.")
 
 
 def _spellings(names: dict) -> dict[str, str]:  # in small letters -> as the file has it
     "All ways to write a code."
-    return {a.lower(): code for a, code in names["aliases"].items()} | {code.lower(): code for code in names["languages"]}
+    return {a.lower(): code for a, code in (*names["aliases"].items(), *((c, c) for c in names["languages"]))}
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +102,8 @@ def cldr_entry(
     code = cldr_code(language, names)
     found, like = names["languages"][code], names["languages"][code].get("like")
     below = cldr_entry(like, names) if like else Entry("", "", {}, {})
-    return Entry(code, found["title"], below.territories | found.get("territories", {}), below.languages | found.get("languages", {}))
+    own = [found.get(table, {}) for table in ("territories", "languages")]
+    return Entry(code, found["title"], below.territories | own[0], below.languages | own[1])
 
 # %% ../nbs/continual/16b_cldr.ipynb #c1d70017
 MAX_NAME = 28  # names have fewer characters than this
@@ -110,7 +112,7 @@ MAX_NAME = 28  # names have fewer characters than this
 def cldr_names(
     language: str,  # a code, as "es" or "pt_BR"
 ) -> dict[str, str]:  # English name -> name in that language
-    "How a language calls territories and languages, where it differs from English; `ValueError` for an unknown language."
+    "A language's names, where they differ from English; `ValueError` for an unknown language."
     english, other = cldr_entry("en"), cldr_entry(language)
     return _usable((english.territories, english.languages), (other.territories, other.languages))
 
@@ -129,21 +131,25 @@ def _usable(
 
 
 def cldr_languages() -> dict[str, str]:  # code -> English name of the language
-    "All languages in the file, not counting regional variants: those with at least 300 names, and English."
-    return {code: entry["title"] for code, entry in shipped_cldr()["languages"].items() if "_" not in code}
+    "All languages in the file, without regional variants: those with at least 300 names, and English."
+    found = shipped_cldr()["languages"]
+    return {code: entry["title"] for code, entry in found.items() if "_" not in code}
 
 # %% ../nbs/continual/16b_cldr.ipynb #c1d70021
 def names_from_babel() -> dict:  # as `read_cldr` gives it
     "The names of the installed babel. Raises ValueError when there is none."
     try:
-        from babel.core import Locale, get_cldr_version, get_global  # here: only rebuilding needs babel
+        from babel.core import Locale, get_cldr_version, get_global  # only rebuilding needs babel
         from babel.localedata import locale_identifiers
         from babel import __version__
     except ImportError:
-        raise ValueError("Rebuilding the names needs the package babel: pip install babel.") from None
+        said = "Rebuilding the names needs the package babel: pip install babel."
+        raise ValueError(said) from None
     english = _tables(Locale.parse("en"), None)
-    every = {code: (_title(Locale.parse(code)), _tables(Locale.parse(code), english)) for code in sorted(locale_identifiers())}
-    kept = {code: x for code, x in every.items() if code == "en" or _different(x[1], english) >= LEAST}
+    locales = {code: Locale.parse(code) for code in sorted(locale_identifiers())}
+    every = {code: (_title(locale), _tables(locale, english)) for code, locale in locales.items()}
+    enough = {code for code, (_, tables) in every.items() if len(_usable(english, tables)) >= LEAST}
+    kept = {code: x for code, x in every.items() if code == "en" or code in enough}
     found = {code: _stored(code, *x, kept) for code, x in kept.items()}
     return {"cldr": str(get_cldr_version()), "babel": __version__, "languages": found,
             "aliases": dict(_aliases(found, get_global("language_aliases")))}
@@ -151,8 +157,10 @@ def names_from_babel() -> dict:  # as `read_cldr` gives it
 
 def _tables(locale, english: tuple | None) -> tuple[dict, dict]:
     "Territories and languages of a babel.Locale, as far as English has them."
-    tables = [{k: v for k, v in table.items() if isinstance(v, str)} for table in (locale.territories, locale.languages)]
-    return tuple(tables if english is None else ({k: t[k] for k in sorted(t.keys() & e.keys())} for t, e in zip(tables, english)))
+    both = locale.territories, locale.languages
+    tables = [{k: v for k, v in table.items() if isinstance(v, str)} for table in both]
+    if english is None: return tuple(tables)
+    return tuple({k: t[k] for k in sorted(t.keys() & e.keys())} for t, e in zip(tables, english))
 
 
 def _title(locale) -> str:
@@ -160,19 +168,16 @@ def _title(locale) -> str:
     return locale.get_display_name("en") or locale.get_display_name() or str(locale)
 
 
-def _different(tables: tuple, english: tuple) -> int:
-    "How many names can be asked for."
-    return len(_usable(english, tables))
-
-
 def _stored(code: str, title: str, tables: tuple, kept: dict) -> dict:
-    "An entry: the whole tables, or what is different from the nearest shorter code that has no other keys."
+    "An entry: the whole tables, or what is different from the nearest shorter code without other keys."
     parts = code.split("_")
     for n in range(len(parts) - 1, 0, -1):
         like = "_".join(parts[:n])
-        if like in kept and all(low.keys() <= own.keys() for low, own in zip(kept[like][1], tables)): break
+        pairs = list(zip(tables, kept[like][1])) if like in kept else []
+        if pairs and all(below.keys() <= own.keys() for own, below in pairs): break
     else: return {"title": title} | _named(tables)
-    return {"title": title, "like": like} | _named([{k: v for k, v in own.items() if low.get(k) != v} for own, low in zip(tables, kept[like][1])])
+    changes = [{k: v for k, v in own.items() if below.get(k) != v} for own, below in pairs]
+    return {"title": title, "like": like} | _named(changes)
 
 
 def _named(tables) -> dict:
@@ -183,7 +188,8 @@ def _named(tables) -> dict:
 def _aliases(found: dict, old: dict) -> Iterator[tuple[str, str]]:
     "Codes that babel takes for one in the file: without the script, or an older code."
     from babel import Locale, UnknownLocaleError
-    short = {"_".join(p for p in code.split("_") if not (len(p) == 4 and p.isalpha())) for code in found}
+    script = lambda part: len(part) == 4 and part.isalpha()
+    short = {"_".join(part for part in code.split("_") if not script(part)) for code in found}
     for alias in sorted((short | set(old)) - found.keys()):
         try: code = str(Locale.parse(alias))
         except (UnknownLocaleError, ValueError): continue
@@ -197,43 +203,49 @@ def compare_cldr(
 ) -> str:
     "What is different between two versions of the names, in a few lines."
     before, after = old["languages"].keys(), new["languages"].keys()
-    lines = [f"CLDR {old['cldr']} (babel {old['babel']}) -> CLDR {new['cldr']} (babel {new['babel']})"]
-    lines += [_listed(what, codes) for what, codes in (("added", after - before), ("dropped", before - after))]
-    changed = {code: _changes(cldr_entry(code, old), cldr_entry(code, new)) for code in sorted(before & after)}
-    changed = {code: found for code, found in changed.items() if found}
-    lines.append(f"{sum(map(len, changed.values()))} names changed in {len(changed)} languages and variants")
+    lines = [" -> ".join(f"CLDR {x['cldr']} (babel {x['babel']})" for x in (old, new))]
+    lines += [_listed("added", after - before), _listed("dropped", before - after)]
+    pairs = ((code, cldr_entry(code, old), cldr_entry(code, new)) for code in sorted(before & after))
+    changed = {code: found for code, one, two in pairs if (found := _changes(one, two))}
+    total = sum(map(len, changed.values()))
+    lines.append(f"{total} names changed in {len(changed)} languages and variants")
     largest = sorted(changed, key=lambda code: (-len(changed[code]), code))[:examples]
-    lines += [f"  {code}: {len(changed[code])}, such as {'; '.join(changed[code][:examples])}" for code in largest]
+    for code in largest:
+        lines.append(f"  {code}: {len(changed[code])}, such as {'; '.join(changed[code][:examples])}")
     return "\n".join(lines)
 
 
 def _listed(what: str, codes: set[str]) -> str:
     "How many codes, and some of them."
     shown = sorted(codes, key=lambda code: (code.count("_"), code))[:12]
-    return f"{len(codes)} languages and variants {what}" + (f": {', '.join(shown)}{', ...' if len(codes) > 12 else ''}" if codes else "")
+    names = f": {', '.join(shown)}{', ...' if len(codes) > len(shown) else ''}" if codes else ""
+    return f"{len(codes)} languages and variants {what}{names}"
 
 
 def _changes(a: Entry, b: Entry) -> list[str]:
     "The names that are not the same, and the title."
-    pairs = [(k, x.get(k), y.get(k)) for x, y in ((a.territories, b.territories), (a.languages, b.languages)) for k in sorted(x.keys() | y.keys())]
-    pairs = [("title", a.title, b.title), *pairs]
-    return [f"{k}: {one or 'nothing'} -> {two or 'nothing'}" for k, one, two in pairs if one != two]
+    triples = [("title", a.title, b.title)]
+    for x, y in ((a.territories, b.territories), (a.languages, b.languages)):
+        triples += [(k, x.get(k), y.get(k)) for k in sorted(x.keys() | y.keys())]
+    return [f"{k}: {one or 'nothing'} -> {two or 'nothing'}" for k, one, two in triples if one != two]
 
 
 def cldr_bytes(
     names: dict,
 ) -> bytes:  # what `CLDR_SHA256` is of
     "Names as JSON, the same bytes for the same names."
-    return (json.dumps(names, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n").encode()
+    text = json.dumps(names, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return f"{text}\n".encode()
 
 
 def rebuild_cldr(
     out: str | Path | None = None,  # where to write the new file; None: nothing is written
 ) -> str:  # what changed
-    "Make the names from the installed babel, and say what is different from the shipped ones. Raises ValueError without babel."
+    "Make the names from the installed babel, and say what is new in them. Raises ValueError without babel."
     new = names_from_babel()
     said = compare_cldr(shipped_cldr(), new)
     if out is None: return said
     content = cldr_bytes(new)
     replace_file(out, gzip.compress(content, 9, mtime=0))
-    return f"{said}\n{out}: the sha256 of its content, for CLDR_SHA256, is {hashlib.sha256(content).hexdigest()}"
+    sha256 = hashlib.sha256(content).hexdigest()
+    return f"{said}\n{out}: the sha256 of its content, for CLDR_SHA256, is {sha256}"

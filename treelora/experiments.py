@@ -41,9 +41,10 @@ def check_data(
     missing_only: bool,  # whether files that are there stay
     root: str | Path | None = None,  # data folder
 ) -> None:
-    "Raise ValueError, before anything is run, when results that stay are of other data than runs would have now."
+    "Raise ValueError, before anything is run, when results that stay are of other data than today's."
     runs = not missing_only or not all(path.exists() for path in paths)
-    fits_data(results, stream, scale, lambda seed: get_stream(stream, scale, seed, root).sha256, seeds, runs, () if missing_only else paths)
+    data = lambda seed: get_stream(stream, scale, seed, root).sha256
+    fits_data(results, stream, scale, data, seeds, runs, () if missing_only else paths)
 
 # %% ../nbs/experiments/40_vit.ipynb #f35bb0c4
 def tune(

@@ -35,7 +35,7 @@ class Evidence:
         stream: str,
         folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
     ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
-        "All runs in a folder. Raises `Missing` when there is none, ValueError when they are of different data."
+        "All runs in a folder. Raises `Missing` without any, ValueError when they are of different data."
         same_data(self.root, stream, folder)
         found: dict = {}
         for path in sorted((self.root / stream / folder).glob("*-seed*.json")):

@@ -106,11 +106,12 @@ def _feed(
     digest,  # of hashlib
     thing,  # text, numbers, tensors, arrays; tuples, lists, dicts and dataclasses of them
 ) -> None:
-    "Add a thing to a hash, with its kind and length, so that different things never add the same bytes."
+    "Add a thing to a hash, with kind and length: different things never add the same bytes."
+    if isinstance(thing, torch.Tensor): thing = thing.detach().cpu().numpy()
     if isinstance(thing, str): digest.update(_framed("text", thing.encode("utf-8", "surrogatepass")))
-    elif isinstance(thing, (torch.Tensor, np.ndarray)):
-        array = np.ascontiguousarray(thing.detach().cpu() if isinstance(thing, torch.Tensor) else thing)
-        digest.update(_framed(f"{array.dtype.name} {tuple(thing.shape)}", array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()))
+    elif isinstance(thing, np.ndarray):
+        little = thing.astype(thing.dtype.newbyteorder("<"), copy=False)  # the same bytes on all machines
+        digest.update(_framed(f"{thing.dtype.name} {thing.shape}", little.tobytes()))
     elif is_dataclass(thing): _feed(digest, astuple(thing))
     elif isinstance(thing, dict): _feed(digest, sorted(thing.items()))
     elif isinstance(thing, (tuple, list)):
@@ -169,13 +170,14 @@ class Stream:
 
     @cached_property
     def sha256(self) -> str:
-        "Hash of the tasks' names and of all examples of both splits, in order; the same data has the same on every machine."
+        "Hash of the tasks' names and of all examples of both splits, in order; the same on all machines."
         digest = hashlib.sha256()
         for task in self.tasks:
             _feed(digest, task.name)
             for data in (task.train, task.test):
                 _feed(digest, str(len(data)))
-                for part in data.parts() if hasattr(data, "parts") else map(data.__getitem__, range(len(data))): _feed(digest, part)
+                parts = data.parts() if hasattr(data, "parts") else (data[i] for i in range(len(data)))
+                for part in parts: _feed(digest, part)
         return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         line = lambda cells: "| " + " | ".join(cells) + " |"
-        return "\n".join([f"**{self.title}**", "", line(self.head), "|---|" + "---:|" * (len(self.head) - 1), *map(line, self.rows), *(["", self.note] if self.note else [])])
+        return "\n".join([f"**{self.title}**", "", line(self.head), "|---|" + "---:|" * (len(self.head) - 1), *map(line, self.rows), *self._below()])
 
     def __str__(self) -> str:
         groups, names = zip(*(h.rpartition(", ")[::2] for h in self.head))
@@ -41,10 +41,14 @@ class Table:
         for b in blocks: widths[b[0]] += max(0, len(groups[b[0]]) - span(b))
         over = "  ".join(groups[b[0]].center(span(b)) for b in blocks).rstrip()
         line = lambda cells: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-        return "\n".join([self.title, "", *([over] if over else []), line(names), "-" * span(range(len(names))), *map(line, rows), *(["", self.note] if self.note else [])])
+        return "\n".join([self.title, "", *([over] if over else []), line(names), "-" * span(range(len(names))), *map(line, rows), *self._below()])
+
+    def _below(self) -> list[str]:
+        "The note, as lines."
+        return ["", self.note] if self.note else []
 
 # %% ../nbs/figures/51_tables.ipynb #51d00010
-ROWS = ("ablations.json", "time.json")  # files of rows, in a stream's folder; they are of the scale quick
+ROWS = ("ablations.json", "time.json")  # files of rows in a stream's folder, of the scale quick
 BEFORE = "Made before data hashes were recorded"  # what is said of results without one
 
 
@@ -61,10 +65,12 @@ def recorded(
     stream: str,
     scale: str,  # or another budget of it, such as "quick/half": they have the same data
 ) -> list[Recorded]:
-    "What all results of a stream and scale say of their data; files that cannot be read are left out."
+    "What all results of a stream and scale say of their data; unreadable files are left out."
     base, folder = scale.partition("/")[0], Path(results) / stream
-    paths = [*sorted((folder / base).rglob("*-seed*.json")), *(folder / name for name in ROWS if base == "quick" and (folder / name).is_file())]
-    return [Recorded(path, seed, data) for path in paths for seed, data in _data_of(path, path.stat().st_mtime_ns, path.stat().st_size)]
+    paths = sorted((folder / base).rglob("*-seed*.json"))
+    if base == "quick": paths += [folder / name for name in ROWS if (folder / name).is_file()]
+    stats = [(path, path.stat()) for path in paths]
+    return [Recorded(path, *said) for path, stat in stats for said in _data_of(path, stat.st_mtime_ns, stat.st_size)]
 
 
 @lru_cache(maxsize=4096)
@@ -72,10 +78,16 @@ def _data_of(path: Path, changed: int, size: int) -> tuple[tuple[int, str | None
     "Seed and hash of each result in a file, read once for as long as the file stays the same."
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError): return ()
-    runs = content.get("rows") if path.name in ROWS and isinstance(content, dict) else [content]
+    runs = _part(content, "rows") if path.name in ROWS else [content]
     runs = [r for r in runs if isinstance(r, dict)] if isinstance(runs, list) else []
-    found = [(_part(r, "data_seed") if "data_seed" in r else _part(r, "seed") if path.name in ROWS else _part(r, "config.seed"), _part(r, "sha256.data")) for r in runs]
-    return tuple((seed, data) for seed, data in found if seed is not None)
+    said = [(_data_seed(r), _part(r, "sha256.data")) for r in runs]
+    return tuple((seed, data) for seed, data in said if seed is not None)
+
+
+def _data_seed(result: dict) -> int | None:
+    "The seed that a result's data was drawn with; a row has it as its own, if it differs from the run's."
+    found = [_part(result, name) for name in ("data_seed", "config.seed", "seed")]
+    return next((seed for seed in found if seed is not None), None)
 
 
 def same_data(
@@ -83,7 +95,7 @@ def same_data(
     stream: str,
     scale: str = "quick",  # or another budget of it
 ) -> None:
-    "Raise ValueError, naming files and hashes, when results of a stream and scale are of different data, or only some of them say of which."
+    "Raise ValueError, naming files, when results are of different data, or only some say of which."
     _refuse_mixed(recorded(results, stream, scale), stream, scale)
 
 
@@ -96,15 +108,17 @@ def _refuse_mixed(found: Sequence[Recorded], stream: str, scale: str) -> None:
         other = r if r.data != known.data else old
         if other is None: continue
         raise ValueError(
-            f"Results of {stream} at scale {scale.partition('/')[0]} are of different data: {_said(known, found)}, but {_said(other, found)}; "
-            "run those again that are not of today's data, or move them away, or use another --results folder.")
+            f"Results of {stream} at scale {scale.partition('/')[0]} are of different data: "
+            f"{_said(known, found)}, but {_said(other, found)}; run those again that are not of today's data, "
+            "or move them away, or use another --results folder.")
 
 
 def _said(r: Recorded, found: Sequence[Recorded]) -> str:
     "A file, how many more are like it, and what it says."
     more = len({x.path for x in found if x.data == r.data} - {r.path})
-    files = f"{r.path}" + (f" and {more} more" if more else "")
-    return f"{files} {'have' if more else 'has'} " + (f"the data hash {r.data[:12]} for seed {r.seed}" if r.data else "no data hash, being from before hashes")
+    files = f"{r.path} and {more} more have" if more else f"{r.path} has"
+    if not r.data: return f"{files} no data hash, being from before hashes"
+    return f"{files} the data hash {r.data[:12]} for seed {r.seed}"
 
 
 def fits_data(
@@ -116,8 +130,9 @@ def fits_data(
     runs: bool = True,  # whether anything is to be run, or all is there
     replaced: Collection[Path] = (),  # files that will be written anew
 ) -> None:
-    "Raise ValueError, before anything is run, when results that stay are of other data than new runs would be."
-    stay = [r for r in recorded(results, stream, scale) if r.path not in replaced and (r.seed in seeds or not r.data)]
+    "Raise ValueError, before anything is run, when results that stay are of other data than today's."
+    stay = [r for r in recorded(results, stream, scale) if r.path not in replaced]
+    stay = [r for r in stay if r.seed in seeds or not r.data]
     if not runs: stay = [r for r in stay if r.data]
     try: now = {seed: data(seed) for seed in {r.seed for r in stay if r.data}}
     except FileNotFoundError:
@@ -125,8 +140,9 @@ def fits_data(
         return  # nothing is run, and the data is not at hand: what is there is shown
     wrong = next((r for r in stay if not r.data or r.data != now[r.seed]), None)
     if wrong is None: return
-    mine = f"but today's data has {now[wrong.seed][:12]}" if wrong.data else "so that new runs cannot stand beside them"
-    raise ValueError(f"Results of {stream} are there already: {_said(wrong, stay)}, {mine}; run all of them again, or move them away, or use another --results folder.")
+    mine = f"but today's data has {now[wrong.seed][:12]}" if wrong.data else "so that no new runs fit beside them"
+    raise ValueError(f"Results of {stream} are there already: {_said(wrong, stay)}, {mine}; "
+                     "run all of them again, or move them away, or use another --results folder.")
 
 
 def noted(
@@ -135,7 +151,8 @@ def noted(
     scale: str = "quick",  # or another budget of it
 ) -> str:
     "What a table says below itself: nothing, if its results say of which data they are."
-    return f"{BEFORE}: {stream}." if any(r.data is None for r in recorded(results, stream, scale)) else ""
+    old = any(r.data is None for r in recorded(results, stream, scale))
+    return f"{BEFORE}: {stream}." if old else ""
 
 # %% ../nbs/figures/51_tables.ipynb #51d00002
 FORMAT = 1  # of the results that this version writes and reads

@@ -59,8 +59,9 @@ def measure_time(
     if kind == "language": settings = {"precision": fast_precision()} | settings
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(r["method"], tuple(r["savings"]), r["seed"]) for r in rows}
-    missing = any((method, tuple(savings), seed) not in done for seed in seeds for method, savings in plan or PLANS[kind])
-    fits_data(results, stream, "quick", lambda seed: get_stream(stream, "quick", seed, settings.get("root")).sha256, seeds, missing)
+    planned = {(method, tuple(savings), seed) for seed in seeds for method, savings in plan or PLANS[kind]}
+    data = lambda seed: get_stream(stream, "quick", seed, settings.get("root")).sha256
+    fits_data(results, stream, "quick", data, seeds, bool(planned - done))
     for seed in seeds:
         for method, savings in plan or PLANS[kind]:
             if (method, tuple(savings), seed) in done: continue
