@@ -147,6 +147,7 @@ def test_run_set_resumes_and_tunes(tmp_path, monkeypatch):
         return tiny_run(method, seed=seed, lr=lr or 0.01, epochs=1)
 
     monkeypatch.setattr("treelora.experiments.run", fake)
+    monkeypatch.setattr("treelora.experiments.get_stream", lambda *where: tiny_stream())  # what is there is compared with its data
     best = tune("rows", methods=("seqlora",), results=tmp_path)
     assert tuned_rate(tmp_path, "rows", "quick", "seqlora") == best["seqlora"] and {c[1] for c in calls} == {100}
     calls.clear()
