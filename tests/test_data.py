@@ -50,7 +50,7 @@ def fresh(code: str, **env) -> str:
 @pytest.fixture(scope="module")
 def made() -> dict:
     "The names of the installed babel."
-    pytest.importorskip("babel")
+    pytest.importorskip("babel", exc_type=ImportError)
     return cldr.names_from_babel()
 
 

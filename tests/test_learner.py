@@ -11,7 +11,7 @@ from treelora import learner
 from treelora.experiments import run_set, tune, tuned_rate
 from treelora.learner import run
 from treelora.methods import VisionMethod, get_method, list_methods
-from treelora.streams import TaskStream, _streams, get_stream
+from treelora.streams import TaskStream, get_stream
 
 NAMES = [m["name"] for m in list_methods() if "vision" in m["kinds"]]
 
@@ -147,7 +147,7 @@ def test_run_set_resumes_and_tunes(tmp_path, monkeypatch):
         return tiny_run(method, seed=seed, lr=lr or 0.01, epochs=1)
 
     monkeypatch.setattr("treelora.experiments.run", fake)
-    monkeypatch.setitem(_streams, "rows", (("quick",), lambda scale, seed, root: tiny_stream(), ""))
+    monkeypatch.setattr("treelora.experiments.get_stream", lambda *where: tiny_stream())  # what is there is compared with its data
     best = tune("rows", methods=("seqlora",), results=tmp_path)
     assert tuned_rate(tmp_path, "rows", "quick", "seqlora") == best["seqlora"] and {c[1] for c in calls} == {100}
     calls.clear()
