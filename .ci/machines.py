@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+# what PyTorch's own loops and the matrix libraries of PyTorch and NumPy may use of the processor
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}
 OLD = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Prescott"}
 SETTINGS = {  # name -> threads, environment, whether the notebooks draw other seeds
@@ -41,7 +42,7 @@ def seed_loops(tree: ast.AST, shift: int):
         if not isinstance(node, (ast.For, ast.comprehension)) or not isinstance(node.iter, ast.Call) or len(node.iter.args) != 1: continue
         target, counter = node.target, getattr(node.iter.func, "id", "")
         if counter == "range" and getattr(target, "id", "") == "seed": yield node.iter.args[0], f"{shift}, {shift} + %s"
-        if counter == "enumerate" and getattr(target.elts[0], "id", "") == "seed": yield node.iter.args[0], f"%s, {shift}"
+        if counter == "enumerate" and getattr(getattr(target, "elts", [target])[0], "id", "") == "seed": yield node.iter.args[0], f"%s, {shift}"
 
 
 def other_seeds(source: str, shift: int = SHIFT) -> str:
