@@ -86,8 +86,9 @@ lock:  ## write requirements.lock anew from settings.ini
 	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
 	PATH="$$PWD/.venv-lock/bin:$$PATH" $(PYTHON) .ci/lock.py
 
-readme: .venv/ready  ## write README.md from nbs/index.ipynb
+readme: .venv/ready  ## write README.md from nbs/index.ipynb, and the twin for Colab from nbs/core/00_nano.ipynb
 	$(BIN)/python .ci/readme.py
+	$(BIN)/python .ci/colab.py
 
 docs: docs-check  ## build the site into _docs; needs Quarto
 	@command -v quarto >/dev/null || { echo "The site needs Quarto (quarto.org); without it, make docs-check checks what can be checked."; exit 1; }
@@ -95,6 +96,7 @@ docs: docs-check  ## build the site into _docs; needs Quarto
 
 docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outputs and sizes, without Quarto
 	$(BIN)/python .ci/docs_check.py
+	$(BIN)/python .ci/colab.py --check
 
 bench: .venv/ready  ## measure the step and the search on this machine
 	$(BIN)/treelora bench --out results/bench/bench.json

@@ -48,6 +48,20 @@ def trained(make_net):
     return tl
 
 
+@pytest.mark.parametrize("options", [{}, {"relative": True}, {"penalty": "prox"}])
+def test_a_model_in_double_precision_trains(make_net, options):
+    tl = TreeLoRA(make_net().double(), lam=0.05, **options)
+    x, y = data(0)
+    for name in "ab":
+        opt = torch.optim.Adam(tl.params, 0.02)
+        with tl.task(name):
+            for _ in range(3):
+                cross_entropy(tl.model(x.double()), y).backward()
+                tl.step()
+                opt.step(), opt.zero_grad()
+    assert tl.bank.names == ["a", "b"] and not torch.equal(*tl.bank.adapters)
+
+
 def test_step_is_algorithm_1_layer_by_layer(make_net, trained):
     tl, (x, y) = trained, data(4)
     with tl.task("d"):

@@ -940,7 +940,9 @@ class TreeLoRA(Routed, Saved):
         nothing is recorded."""
         now = self._open()
         grads = self._grads()
-        norms = torch.stack(torch._foreach_norm(grads, 1 if self.relative else 2, dtype=torch.float32))  # of these two the second is six times faster
+        kind = torch.promote_types(grads[0].dtype, torch.float32)  # at least single precision
+        power = 1 if self.relative else 2  # of these two the second is six times faster
+        norms = torch.stack(torch._foreach_norm(grads, power, dtype=kind))
         for sizes, t in now.norms.send(norms, now.round + 1): _finite(self.layout.names, sizes, now.name, t)
         seen = self._observe(now, grads, loss) if now.looks else None
         self._record(now, grads)
