@@ -46,7 +46,7 @@ def sections(cells: list) -> list[list]:
 def shortened(section: list) -> list:
     "A section that needs the package: its heading and where to read it; markdown from a later heading on stays."
     heading, last = section[0].source.splitlines()[0], section[-1]
-    note = f"{heading}\n\nThis part needs the package. Read it on [the page]({SITE}{PAGE.replace('.ipynb', '.html')})."
+    note = f"{heading}\n\nThis part needs the package. Read it on [the page]({absolute(posixpath.basename(PAGE))})."
     cells = [nbformat.v4.new_markdown_cell(note, id=section[0].id)]
     later = re.search(r"^## .*", last.source, re.M | re.S) if last is not section[0] else None
     return cells + ([nbformat.v4.new_markdown_cell(later[0], id=last.id)] if later else [])

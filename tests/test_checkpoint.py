@@ -331,3 +331,12 @@ def test_command_line(tmp_path, capsys):
     again = json.loads((tmp_path / "split-digits/quick/treelora-seed0.json").read_text())
     assert again["R"] == first["R"] and again["trees"] == first["trees"] and again["seconds"]["restarts"] == 1
     assert Path(tmp_path / "checkpoints/split-digits/quick/treelora-seed0").is_dir()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_changed_weights_are_seen_in_every_precision(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2, dtype=dtype), torch.nn.BatchNorm1d(2))
+    before = checkpoint._marks(model)
+    assert checkpoint._marks(model) == before
+    model[0].weight.data[0, 0] += 1
+    assert [n for n, mark in checkpoint._marks(model).items() if mark != before[n]] == ["0.weight"]

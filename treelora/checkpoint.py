@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +335,8 @@ def _all(model: nn.Module) -> dict[str, torch.Tensor]:
 def _marks(model: nn.Module) -> dict[str, tuple]:
     "Version and norm of each weight: writing through `.data` leaves the version, but hardly the norm."
     weights = {n: x for n, x in _all(model).items() if x.is_floating_point()}
-    norms = torch.stack(torch._foreach_norm([x.detach() for x in weights.values()], 1, dtype=torch.float32)).tolist() if weights else []
+    widest = reduce(torch.promote_types, (x.dtype for x in weights.values()), torch.float32)  # a norm is at least as precise as its weights
+    norms = torch.stack(torch._foreach_norm([x.detach() for x in weights.values()], 1, dtype=widest)).tolist() if weights else []
     return {n: (x._version, 0) for n, x in _all(model).items()} | {n: (x._version, norm) for (n, x), norm in zip(weights.items(), norms)}
 
 
