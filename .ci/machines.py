@@ -82,7 +82,7 @@ def failing(output: str, pattern: str, what: str) -> list[str]:
 
 def notebooks(folder: Path, paths: list[str], env: dict, workers: int, log: Path) -> list[str]:
     "The notebooks that fail, of all or of those given, one after the other."
-    command = [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()", "--do_print", "--timing"]
+    command = [str(Path(sys.executable).with_name("nbdev_test")), "--do_print", "--timing"]
     if not paths: return failing(logged([*command, "--n_workers", str(workers)], log, cwd=folder, env=env), r"^\t(\S+)$", "nbdev_test")
     runs = {path: [*command, "--n_workers", "0", "--path", path] for path in paths}
     return [path for path, run in runs.items() if logged(run, log.with_name(f"{log.stem}-{Path(path).stem}.txt"), cwd=folder, env=env)]
