@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from treelora.cli import main
-from treelora.contenders import CONTENDERS, contend
+from treelora.contenders import CONTENDERS, contend, places
 from treelora.streams import TaskStream, register_stream
 
 
@@ -52,3 +52,23 @@ def test_rates_of_another_stream(tmp_path):
     assert json.loads(paths[0].read_text())["config"]["lr"] == 0.003
     with pytest.raises(ValueError, match="no learning rates tuned on 'nothing'"): contend(**ask, rates="nothing")
     with pytest.raises(ValueError, match="no learning rates tuned on 'other' for gem"): contend(**ask | {"methods": ["seqlora", "gem"]}, rates="other", epochs=1)
+
+
+def saved_runs(folder, levels):
+    "Made-up results: method -> final scores of three seeds."
+    folder.mkdir(parents=True)
+    for method, scores in levels.items():
+        for seed, op in enumerate(scores):
+            result = {"format": 1, "config": {"stream": "cldr", "scale": "quick", "method": method, "seed": seed}, "scores": {"op": op, "bwt": 0.01}, "tasks": ["a"], "R": [[op]], "seconds": {"train": 1.0}, "device": "none"}
+            (folder / f"{method}-seed{seed}.json").write_text(json.dumps(result))
+
+
+def test_places_are_decided_seed_by_seed(tmp_path):
+    "Error bars that overlap do not put a method on top that is below on every seed."
+    saved_runs(tmp_path / "cldr" / "quick", {"seqlora": (0.2, 0.2, 0.2), "hidelora": (0.35, 0.40, 0.44), "alone": (0.32, 0.36, 0.41),
+                                             "treelora": (0.35, 0.41, 0.44), "treelora-branch": (0.36, 0.41, 0.45)})
+    found = {row["what"]: row for row in places(tmp_path, "cldr")}
+    top = found["alone above the best rival"]
+    assert not top["holds"] and top["reached"] == "alone 36.3, hidelora 39.7, difference -3.3 ± 0.6"
+    assert found["the paper's form: at least the accuracy of the best rival"]["holds"]
+    assert found["the paper's form: the least forgetting"]["holds"]

@@ -68,6 +68,17 @@ def test_goals_are_computed_from_the_files(results):
     assert bars["paper's form: BWT over SeqLoRA's"]["reached"] == "0.30" and bars["paper's form: BWT over SeqLoRA's"]["holds"]
     assert bars["branch: OP over each task alone"]["reached"] == "+4.0"
     assert not bars["branch, half the epochs: OP over each task alone"]["holds"] and not bars["branch: chosen within the family"]["holds"]
+    own, afterwards = bars["treelora, its own trees: triples that agree"], next(b for what, b in bars.items() if what.startswith("the best of 18 trees made afterwards"))
+    assert not own["holds"] and (afterwards["reached"], afterwards["holds"]) == ("100%", True)
+    assert list(bars).index(own["what"]) < list(bars).index(afterwards["what"])
+
+
+def test_own_trees_are_shown_before_the_one_made_afterwards(results):
+    titles = [ax.get_title() for ax in families(results, seed=1).axes]
+    assert titles[0] == "language families" and titles[1].startswith("TreeLoRA's own tree, seed 1: ") and titles[2].startswith("TreeLoRA-branch's own tree")
+    assert titles[3].startswith("made afterwards, the best: ") and titles[3].endswith(": 100%")
+    for path in (results / "cldr" / "quick").glob("treelora*-seed1.json"): path.unlink()
+    assert [ax.get_title()[:8] for ax in families(results, seed=1).axes] == ["language", "made aft"]
 
 
 def test_figures_and_tables(results, tmp_path):

@@ -201,6 +201,50 @@ def test_c9_wants_each_step_up(tmp_path, levels, verdict):
     assert one("C9", tmp_path).verdict == verdict
 
 
+def test_one_margin_decides_for_all_claims():
+    "A mean that is larger than its spread, but not than the 95 % limit, shows nothing in either direction."
+    ours, level = {0: 0.0, 1: 0.6, 2: 0.8}, dict.fromkeys(range(3), 0.0)
+    more, less = paired(ours, level), paired(level, ours)
+    assert more.mean > more.spread and not more.above and not less.below
+    assert not more.below and more.at_least and not less.at_least
+    clear = paired({0: 0.5, 1: 0.6, 2: 0.7}, level)
+    assert clear.above and paired(level, {0: 0.5, 1: 0.6, 2: 0.7}).below
+    assert not paired({0: 1.0}, {0: 0.0}).above  # one seed shows nothing
+
+
+@pytest.mark.parametrize("last, verdict", [((0.955, 0.956, 0.945), FAILS), ((0.965, 0.961, 0.950), HOLDS)])
+def test_c9_does_not_hold_on_a_gain_within_the_margin(tmp_path, last, verdict):
+    content = [{"ablation": "depth", "label": f"adapted blocks: {n}", "method": "treelora", "seed": s, "op": x, "bwt": 0.0, "train": 1.0}
+               for n, levels in ((1, (0.955, 0.950, 0.936)), (6, last)) for s, x in enumerate(levels)]
+    rows(tmp_path, "split-digits/ablations.json", content)
+    found = one("C9", tmp_path)
+    assert found.verdict == verdict
+    if verdict == FAILS: assert "+0.5 ± 0.5" in found.found or "+0.5 ± 0.4" in found.found
+
+
+@pytest.mark.parametrize("wins, verdict", [((0.0, 0.0, 0.0), HOLDS), ((0.2, -0.2, 0.0), FAILS)])
+def test_c18_counts_no_gain_within_the_margin(tmp_path, wins, verdict):
+    "Two rivals are a quarter worse in the mean; where the seeds disagree by more than that, nothing was shown."
+    for seed, win in enumerate(wins):
+        for method, level in (("treelora", 0.5 + win), ("gem", 0.38), ("ewc", 0.38), ("seqlora", 0.1)): put(tmp_path, fake(method, seed, level))
+    assert one("C18", tmp_path).verdict == verdict
+
+
+def test_c3_names_no_rival_within_the_margin(tmp_path):
+    for seed, lead in enumerate((0.0, 0.006, 0.008)):
+        for method, level in (("treelora", 0.5), ("gem", 0.5 + lead)): put(tmp_path, fake(method, seed, level, stream="cldr"))
+    found = one("C3", tmp_path)
+    assert "OP 50.0; better: none" in found.found and found.verdict == PARTLY
+
+
+def test_c11_compares_gains_seed_by_seed(tmp_path):
+    "A larger mean gain on related tasks counts only beyond the margin."
+    for stream, each in {"math-llm": (0.0, 0.1, 0.3), "trace": (0.1, 0.1, 0.1)}.items():
+        for seed, gain in enumerate(each):
+            for method, score in (("seqlora", 0.4), ("treelora", 0.4 + gain)): put(tmp_path, fake(method, seed, score, stream=stream))
+    assert one("C11", tmp_path).verdict == FAILS
+
+
 def test_c16_is_about_growth(tmp_path):
     for times, verdict in (((1, 1.5, 1, 1), HOLDS), ((1, 50, 1, 3), PARTLY), ((1, 50, 1, 9), FAILS)):
         rows(tmp_path, "theory/cost.json", [{"search": s, "N": n, "round_ms": t} for (s, n), t in zip([("tree-lcb", 8), ("tree-lcb", 64), ("bast", 8), ("bast", 64)], times)])
@@ -298,6 +342,17 @@ def test_c10_reads_the_trees(tmp_path):
     for groups, verdict in ((families, HOLDS), (mixed, FAILS)):
         fill(tmp_path, {"treelora": (0.5, 0)}, stream="cldr", tasks=tasks, trees=[{"after": "nl", "groups": groups}])
         assert one("C10", tmp_path).verdict == verdict
+
+
+def test_c10_does_not_count_a_tree_that_no_run_used(tmp_path):
+    "Signatures that would make the family tree are shown, and decide nothing."
+    from test_language_results import family_gram
+    tasks = ["es", "de", "pt", "sv", "it", "nl"]
+    mixed = [[tasks], [["es", "de", "sv"], ["pt", "it", "nl"]], [["es", "de"], ["sv"], ["pt", "nl"], ["it"]], [[t] for t in tasks]]
+    fill(tmp_path, {"treelora": (0.5, 0)}, stream="cldr", tasks=tasks, trees=[{"after": "nl", "groups": mixed}])
+    fill(tmp_path, {"alone": (0.5, 0)}, stream="cldr", tasks=tasks, extra={"gram": {"grad": family_gram().tolist()}})
+    found = one("C10", tmp_path)
+    assert found.verdict == FAILS and "made afterwards, from gradients of the same start near the output, 100 %" in found.found
 
 
 def test_the_table_has_a_row_a_claim():

@@ -17,6 +17,7 @@ from .experiments import RATES, check_data, result_path, tune, tuned_rate
 from .experiments_llm import TEXT_RATES, TUNING_STREAM, WATCHED, fast_precision, watched
 from .figures import load_results, look, new_figure, score_name, style
 from .learner import run
+from .report import mean, paired
 from .streams import get_stream
 
 # %% ../nbs/experiments/44_contenders.ipynb #10decab0
@@ -79,15 +80,23 @@ def _contest(stream: str, scale: str, method: str, seed: int, results: str | Pat
     return run(stream, build, scale, seed, lr=tuned_rate(results, rates, folder, method), **settings).save(path)
 
 # %% ../nbs/experiments/44_contenders.ipynb #e225e4c2
-def _scores(results: str | Path, stream: str, scale: str, score: str) -> dict[str, tuple[float, float]]:
-    "Mean and standard deviation over the seeds, in hundredths, of each method that has the score."
-    found = {m: [100 * r["scores"][score] for r in runs if score in r["scores"]] for m, runs in load_results(results, stream, scale).items()}
-    return {m: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0) for m, v in found.items() if v}
+def _by_seed(results: str | Path, stream: str, scale: str, score: str) -> dict[str, dict[int, float]]:  # method -> seed -> score in hundredths
+    "Each method that has the score, the best first where more is better."
+    found = {m: {r["config"]["seed"]: 100 * r["scores"][score] for r in runs if score in r["scores"]} for m, runs in load_results(results, stream, scale).items()}
+    return dict(sorted(((m, v) for m, v in found.items() if v), key=lambda item: -mean(item[1])))
 
 
-def _says(name: str, one: tuple[float, float], other: str, two: tuple[float, float]) -> tuple[str, bool]:
-    "Two scores side by side, and whether the first is at least the second within the seeds' spread."
-    return f"{name} {one[0]:.1f} ± {one[1]:.1f}, {other} {two[0]:.1f} ± {two[1]:.1f}", one[0] + one[1] >= two[0] - two[1]
+def _says(
+    scores: dict[str, dict[int, float]],
+    one: str,
+    other: str,
+    more: bool = False,  # whether the first must be above the second, or only at least as good
+    less: bool = False,  # whether less is better
+) -> tuple[str, bool]:
+    "Two methods side by side, their difference seed by seed, and whether the first is where it should be, by the report's rule."
+    d = paired(scores[one], scores[other])
+    good = paired(scores[other], scores[one]) if less else d
+    return f"{one} {mean(scores[one]):.1f}, {other} {mean(scores[other]):.1f}, difference {d}", good.above if more else good.at_least
 
 
 def places(
@@ -95,18 +104,18 @@ def places(
     stream: str = "split-digits",
     scale: str = "quick",
 ) -> list[dict]:  # what, reached, holds
-    "Whether the methods stand where the literature and the paper put them, within the seeds' spread. Raises FileNotFoundError without results."
-    op, bwt = (_scores(results, stream, scale, score) for score in ("op", "bwt"))
+    "Whether the methods stand where the literature and the paper put them, by the report's rule for differences. Raises FileNotFoundError without results."
+    op, bwt = (_by_seed(results, stream, scale, score) for score in ("op", "bwt"))
     rivals = [m for m in op if m not in ("joint", "alone") and not m.startswith("treelora")]
-    best, middle = max(rivals, key=lambda m: op[m][0]), max((m for m in ("l2p", "dualprompt") if m in op), key=lambda m: op[m][0], default=None)
-    least = min((m for m in rivals if m in bwt and m != "fix"), key=lambda m: bwt[m][0])
-    top = "joint" if "joint" in op else "alone"
-    rows = [("no rival below plain sequential LoRA", *_says(low := min((m for m in rivals if m not in ("seqlora", "fix")), key=lambda m: op[m][0]), op[low], "seqlora", op["seqlora"])),
-            *([("HiDe above prompts without it", *_says("hidelora", op["hidelora"], middle, op[middle]))] if middle else []),
-            (f"{top} on top", *_says(top, op[top], best, op[best])),
-            ("the paper's form: accuracy of the best rival", *_says("treelora", op["treelora"], best, op[best])),
-            ("the paper's form: least forgetting", *_says(least, bwt[least], "treelora", bwt["treelora"])),
-            ("this project's form: accuracy of the best rival", *_says("treelora-branch", op["treelora-branch"], best, op[best]))]
+    best, low = rivals[0], [m for m in rivals if m not in ("seqlora", "fix")][-1]
+    middle = next((m for m in op if m in ("l2p", "dualprompt")), None)
+    least, top = [m for m in bwt if m in rivals and m != "fix"][-1], "joint" if "joint" in op else "alone"
+    rows = [("no rival below plain sequential LoRA", *_says(op, low, "seqlora")),
+            *([("HiDe above prompts without it", *_says(op, "hidelora", middle, more=True))] if middle else []),
+            (f"{top} above the best rival", *_says(op, top, best, more=True)),
+            ("the paper's form: at least the accuracy of the best rival", *_says(op, "treelora", best)),
+            ("the paper's form: the least forgetting", *_says(bwt, "treelora", least, less=True)),
+            ("this project's form: at least the accuracy of the best rival", *_says(op, "treelora-branch", best))]
     return [dict(zip(("what", "reached", "holds"), row)) for row in rows]
 
 # %% ../nbs/experiments/44_contenders.ipynb #5e4a65bb

@@ -17,7 +17,7 @@ def l1_gradient(
     branch: torch.Tensor,  # (L, D): row l is the chosen task's adapter in layer l
     out: torch.Tensor | None = None,  # (L, D) scratch, to spare an allocation
 ) -> torch.Tensor:  # (L, D)
-    "Subgradient of the L1 distance to the branch (Eq. 3)."
+    "Subgradient of the L1 distance to the branch (Eq. 3, with adapters in place of gradients)."
     return torch.sub(theta, branch, out=out).sign_()
 
 # %% ../nbs/core/04_sparse.ipynb #1380d998

@@ -52,7 +52,7 @@ def _principal_direction(X: torch.Tensor) -> torch.Tensor:
 
 
 def _widest_gap(scores: torch.Tensor) -> float:
-    "The threshold in the middle of the widest gap that leaves a quarter on each side; the most central one of equals."
+    "The threshold in the middle of the widest gap that leaves n // 4 rows, at least one, on each side; the most central one of equals."
     ordered = scores.sort().values
     n, q = len(ordered), max(1, len(ordered) // 4)
     middles = torch.arange(q, n - q + 1)
