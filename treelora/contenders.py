@@ -98,7 +98,7 @@ def _says(
     good = paired(scores[other], scores[one]) if less else d
     return f"{one} {mean(scores[one]):.1f}, {other} {mean(scores[other]):.1f}, difference {d}", good.above if more else good.at_least
 
-
+# %% ../nbs/experiments/44_contenders.ipynb #e225e4c3
 def places(
     results: str | Path = "results",
     stream: str = "split-digits",

@@ -209,7 +209,7 @@ def _mean(runs: Sequence[dict], score: str) -> float:
     "A score in hundredths, mean of the seeds."
     return 100 * sum(r["scores"][score] for r in runs) / len(runs)
 
-
+# %% ../nbs/experiments/41_llm.ipynb #b4f708f7
 def language_bars(
     results: str | Path = "results",
 ) -> list[dict]:  # what, goal, reached, holds
@@ -237,7 +237,7 @@ def language_bars(
     ]
     return [dict(zip(("what", "goal", "reached", "holds"), row)) for row in rows]
 
-
+# %% ../nbs/experiments/41_llm.ipynb #b4f708f8
 def own_agreement(
     runs: Sequence[dict],  # saved, of a method with a tree
 ) -> float:

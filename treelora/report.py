@@ -413,7 +413,8 @@ def c9(evidence: Evidence) -> Finding:
 # %% ../nbs/report.ipynb #rep0081
 def c10(evidence: Evidence) -> Finding:
     """On six languages, whose families are known: the share of triples on which a tree has the same closest pair as the family tree (chance: a third). Holds when it is two thirds or more for the last tree of the
-    paper's form (`l1` cuts, from the input); partly when only for that of this project's form (`axis` cuts, from the output). A tree that no run used, made afterwards from gradients that were all taken from the same start, is shown beside them and not counted."""
+    paper's form (`l1` cuts, from the input); partly when only for that of this project's form (`axis` cuts, from the output).
+    A tree that no run used, made afterwards from gradients that were all taken from the same start, is shown beside them and not counted."""
     runs = evidence.runs(TEXT)
     if len(runs.get("treelora", ())) < ENOUGH: raise Missing(f"treelora figures --run missing --stream {TEXT}")
     from treelora.experiments_llm import agreement, family_agreement, family_kinship, saved_kinship  # here: the other rules need no models
