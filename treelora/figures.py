@@ -300,7 +300,7 @@ def _places(node, left: float = 0, depth: int = 0) -> dict:  # node -> (x, y)
     below = _places(node[0], left, depth + 1) | _places(node[1], right, depth + 1)
     return {node: (np.mean([below[child][0] for child in node]), -depth), **below}
 
-
+# %% ../nbs/figures/50_figures.ipynb #5ce00011
 def _sketch_rows(seed: int = 3) -> dict[str, np.ndarray]:  # task -> (3, 5)
     "Made-up gradients: what a level of the tree parts differs in that level's layer."
     rng, rows = np.random.default_rng(seed), {}
@@ -311,7 +311,7 @@ def _sketch_rows(seed: int = 3) -> dict[str, np.ndarray]:  # task -> (3, 5)
                 rows.setdefault(task, np.zeros((3, 5)))[int(-y):] = side * row
     return {task: x + rng.normal(0, 0.08, x.shape) for task, x in rows.items()}
 
-
+# %% ../nbs/figures/50_figures.ipynb #5ce00014
 def _draw_sketch(ax: Axes, path: tuple = ()) -> dict:  # node -> (x, y)
     "The schematic's tree; the nodes of a path in red."
     places = _places(_SKETCH)
@@ -415,7 +415,7 @@ _ROUND = (  # columns of boxes: a name and its symbols
         ("the usual step", "optimizer.step()"))),
 )
 
-
+# %% ../nbs/figures/50_figures.ipynb #5ce00017
 def round_schematic() -> Figure:
     "One round of TreeLoRA: what a training step does beyond the usual one."
     with style():
@@ -471,7 +471,7 @@ def figure(
     found = () if n in DRAWINGS else (load_results(results, *_place(n, stream, scale)),)
     with style(): return FIGURES[n](*found)
 
-
+# %% ../nbs/figures/50_figures.ipynb #5ce00018
 def caption(
     n: int,
     results: str | Path = "results",
