@@ -10,7 +10,7 @@ from test_project import fake_result
 from test_project import results as vision_results  # noqa: F401  a fixture
 
 from treelora.cli import main
-from treelora.figures import STREAMS, caption, figure, load_results, save_all, save_figure
+from treelora.figures import _BOUNDS, _SKETCH, STREAMS, caption, figure, load_results, round_schematic, save_all, save_figure
 from treelora.language_figures import families, pareto, save_language_figures
 from treelora.tables import contest_table, parts_table, read_results, table
 
@@ -26,7 +26,7 @@ def bytes_of(paths: list[Path]) -> dict[str, bytes]: return {p.name: p.read_byte
 def test_the_command_twice_gives_the_same_bytes(vision_results, tmp_path, capsys):
     for out in "ab": assert main(["figures", "--results", str(vision_results), "--out", str(tmp_path / out)]) == 0
     first, again = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in "ab")
-    assert first == again and len(first) == 11  # five figures of two kinds, and the captions
+    assert first == again and len(first) == 13  # six figures of two kinds, and the captions
     for name, data in first.items():
         if name.endswith("svg"): assert b"<dc:date>" not in data and b"Matplotlib v" not in data, name
     capsys.readouterr()
@@ -96,8 +96,40 @@ def test_figures_without_their_part_of_the_results(vision_results, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         paths = save_all(vision_results, tmp_path / "f")
-    assert {p.name for p in paths} == {"figure4.svg", "figure4.png"}
+    assert {p.name for p in paths} == {f"figure{n}.{kind}" for n in (2, 4) for kind in ("svg", "png")}
     assert [str(w.message).partition(" is left out")[0] for w in said] == [f"Figure {n} of split-digits" for n in (1, 3, 5, 8)]
+
+
+def test_drawings_need_no_results_and_are_the_same_bytes(tmp_path):
+    for draw in (lambda: figure(2, tmp_path), round_schematic):
+        first = bytes_of(save_figure(draw(), "f", tmp_path))
+        assert bytes_of(save_figure(draw(), "f", tmp_path)) == first
+    assert "nothing in it is measured" in caption(2, tmp_path)
+
+
+def test_drawings_are_of_no_stream(vision_results, tmp_path):
+    shutil.copytree(folder(vision_results, *DIGITS), folder(vision_results, *STREAMS[6]))
+    assert not [p for p in save_all(vision_results, tmp_path, *STREAMS[6]) if p.name.startswith("figure2")]
+
+
+@pytest.mark.parametrize("draw", [lambda: figure(2), round_schematic])
+def test_texts_of_drawings_are_readable_and_do_not_overlap(draw):
+    fig = draw()
+    fig.draw_without_rendering()
+    words = [t for ax in fig.axes for t in (*ax.texts, ax.title, ax._left_title) if t.get_text()]
+    boxes = [t.get_window_extent() for t in words]
+    assert len(words) > 15 and all(t.get_fontsize() >= 8 for t in words)
+    for i, a in enumerate(boxes):
+        assert fig.bbox.x0 <= a.x0 and a.x1 <= fig.bbox.x1 and fig.bbox.y0 <= a.y0 and a.y1 <= fig.bbox.y1, words[i].get_text()
+        for j in range(i): assert not a.overlaps(boxes[j]), (words[i].get_text(), words[j].get_text())
+
+
+def test_the_drawn_bounds_obey_eq_2():
+    for node, bound in _BOUNDS.items():  # max(own, smaller child's): never under the latter
+        if isinstance(node, tuple): assert min(_BOUNDS[child] for child in node) <= bound
+    at = _SKETCH
+    while isinstance(at, tuple): at = min(at, key=_BOUNDS.get)
+    assert at == "4"  # where the red path ends
 
 
 def test_figure_6_joins_once_its_stream_was_run(vision_results, tmp_path):

@@ -74,11 +74,13 @@ def results(tmp_path):
 
 def test_figures_from_files(results, tmp_path):
     paths = save_all(results, tmp_path / "figures")
-    assert {p.name for p in paths} == {f"figure{n}.{s}" for n in (1, 3, 4, 5, 8) for s in ("svg", "png")}
+    assert {p.name for p in paths} == {f"figure{n}.{s}" for n in (1, 2, 3, 4, 5, 8) for s in ("svg", "png")}
     assert all(p.stat().st_size > 1000 for p in paths)
     first = [p.read_bytes() for p in paths]
     assert [p.read_bytes() for p in save_all(results, tmp_path / "figures")] == first
     assert "seeds 0, 1" in caption(4, results)
+    captions = (tmp_path / "figures" / "captions.md").read_text()
+    assert [int(x.split()[1].rstrip(".")) for x in captions.strip().split("\n\n")] == [1, 2, 3, 4, 5, 8] and f"Figure 2. {caption(2)}" in captions
 
 
 def test_table_puts_ours_beside_the_papers(results):
@@ -94,7 +96,7 @@ def test_table_puts_ours_beside_the_papers(results):
 
 def test_missing_and_broken_results(results, tmp_path):
     with pytest.raises(FileNotFoundError, match="treelora figures --run missing"): figure(4, tmp_path / "none")
-    with pytest.raises(ValueError, match="known are"): figure(2, results)
+    with pytest.raises(ValueError, match="known are"): figure(9, results)
     with pytest.raises(ValueError, match="tables 1 to 13"): table(0)
     (results / "split-digits" / "quick" / "seqlora-seed0.json").write_text("[]")
     with pytest.warns(UserWarning, match="seqlora-seed0.json is left out"): assert len(load_results(results)["seqlora"]) == 1
@@ -103,7 +105,7 @@ def test_missing_and_broken_results(results, tmp_path):
 def test_command_line(results, tmp_path, capsys):
     assert main(["table", "1", "--results", str(results)]) == 0 and "TreeLoRA" in capsys.readouterr().out
     assert main(["figures", "--results", str(results), "--out", str(tmp_path / "f")]) == 0
-    assert "10 files" in capsys.readouterr().out
+    assert "12 files" in capsys.readouterr().out
     assert main(["streams"]) == 0 and "split-tiny-imagenet" in capsys.readouterr().out
     assert main(["run", "--stream", "none", "--quiet"]) == 2 and "split-digits" in capsys.readouterr().err
     assert main(["run", "--stream", "split-fashion-mnist", "--root", str(tmp_path / "none")]) == 2
