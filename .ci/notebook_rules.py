@@ -82,6 +82,12 @@ def caption_faults(cell) -> list[str]:
     return ["a #| fig-cap without a picture among the outputs: run the notebook with inline figures"] if lacks else []
 
 
+def resting_faults(cell) -> list[str]:
+    "Outputs of a cell that is not to be run: they are of another machine."
+    rests = re.search(r"^#\| *eval: *false", cell.source, re.M) and cell.get("outputs")
+    return ["outputs of a cell with #| eval: false: run the notebook with .ci/execute.py"] if rests else []
+
+
 def raw_faults(cell) -> list[str]:
     "Addresses in memory, and names of __main__, that the page would show."
     if cell.cell_type != "code" or SILENT.search(cell.source): return []
@@ -160,7 +166,7 @@ def markdown_faults(text: str) -> list[str]:
 def cell_faults(cell, first: bool, root: Path) -> list[str]:
     "What is wrong with a cell."
     if cell.cell_type != "code": return matter_faults(cell, first) + markdown_faults(cell.source) + cited_faults(written(cell.source), root)
-    return directive_faults(cell.source) + caption_faults(cell) + raw_faults(cell) + wide_faults(cell.source) + cited_faults(said(cell.source), root)
+    return directive_faults(cell.source) + caption_faults(cell) + resting_faults(cell) + raw_faults(cell) + wide_faults(cell.source) + cited_faults(said(cell.source), root)
 
 
 def rule_faults(nb, root: Path) -> list[str]:

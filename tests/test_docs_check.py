@@ -192,6 +192,14 @@ def test_the_paper_itself_is_no_file_of_ours(site):
     assert page(site, new_markdown_cell("See PLAN.md and NOTES.md.")) == ["cell 2: 'NOTES.md' is cited, which a reader does not have: cite the paper, link to a page, or leave it out"]
 
 
+def test_outputs_of_a_cell_that_is_not_to_be_run(site):
+    cell = new_code_cell("#| hide\n#| eval: false\n%pip install x", outputs=[new_output("stream", name="stdout", text="no network")])
+    [fault] = page(site, cell)
+    assert fault.startswith("cell 2: outputs of a cell with #| eval: false")
+    cell.outputs = []
+    assert page(site, cell) == []
+
+
 @pytest.mark.parametrize("outputs, source", [([], "draw()"), ([shown("<Figure size 640x480 with 1 Axes>")], "draw()"), ([shown("<table></table>", "text/html")], "draw()")])
 def test_a_caption_without_its_picture(site, outputs, source):
     [fault] = page(site, new_code_cell("#| fig-cap: A line\n" + source, outputs=outputs))
