@@ -36,7 +36,8 @@ notebooks:
 tests:
 	$(TEST_ENV) $(BIN)/python $(PYTEST) -m "not slow" tests
 
-test-slow: .venv/ready .venv-nbdev3/ready  ## run the slow tests: several processes, compilers, kills, built packages, the oldest libraries
+test-slow: .venv/ready .venv-nbdev3/ready  ## run slow cells and tests: whole runs, several processes, compilers, kills, built packages, oldest libraries
+	grep -rlE '"#\| *slow\\n' nbs --include='*.ipynb' | $(TEST_ENV) xargs -P 2 -I PAGE $(BIN)/nbdev_test --path PAGE --flags slow --n_workers 0
 	$(TEST_ENV) $(BIN)/python $(PYTEST) -m slow tests
 	$(MAKE) test-oldest
 
