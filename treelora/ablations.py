@@ -57,7 +57,7 @@ ABLATIONS: dict[str, list[Change]] = {
     "order": [Change(f"order {k}", method=m, stream={"seed": 20 + k}) for m in ("treelora", "treelora-branch", "hidelora") for k in range(5)],
 }
 
-
+# %% ../nbs/experiments/46_ablations.ipynb #3269dfe8
 def ablate(
     names: Sequence[str] | None = None,  # of ABLATIONS; None: all
     stream: str = "split-digits",

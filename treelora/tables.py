@@ -89,7 +89,7 @@ def _data_seed(result: dict) -> int | None:
     found = [_part(result, name) for name in ("data_seed", "config.seed", "seed")]
     return next((seed for seed in found if seed is not None), None)
 
-
+# %% ../nbs/figures/51_tables.ipynb #51d00011a
 def same_data(
     results: str | Path,  # folder of all results
     stream: str,
