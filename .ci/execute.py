@@ -1,4 +1,4 @@
-"""Run notebooks from top to bottom and keep their outputs, pictures inline: `python .ci/execute.py nbs/core/02_tree.ipynb ...`.
+"""Run notebooks from top to bottom and keep their outputs, pictures inline: `python .ci/execute.py nbs/core/04_tree.ipynb ...`.
 
 Cells with `#| eval: false` stay as they are; the first of them installs the package where a notebook is opened by itself."""
 import os, re, sys

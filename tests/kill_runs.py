@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from process_runs import small_language  # noqa: E402
 
-from treelora.checkpoint import _read  # noqa: E402
+from treelora.engine.checkpoint import _read  # noqa: E402
 from treelora.learner import run, where  # noqa: E402
-from treelora.text import cldr_stream  # noqa: E402
+from treelora.learning.text import cldr_stream  # noqa: E402
 
 
 def vision(**kept):

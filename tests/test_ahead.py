@@ -8,13 +8,14 @@ from test_language import tiny_stream as text_stream
 from test_learner import tiny_stream, tiny_vit
 from torch import nn
 
-from treelora import ahead, learner
-from treelora.ahead import check_still, input_of, stack_of, take_activations
+from treelora.engine import ahead
+from treelora import learner
+from treelora.engine.ahead import check_still, input_of, stack_of, take_activations
 from treelora.cli import parser
 from treelora.learner import compile_blocks, run
 from treelora.lora import add_lora
 from treelora.methods import get_method
-from treelora.models import features
+from treelora.learning.models import features
 
 VISION = dict(epochs=3, batch_size=8, lr=0.01, progress=False, place="last", blocks=2)
 TEXT = dict(epochs=2, batch_size=4, lr=0.01, progress=False, layers=1, dropout=0.0)

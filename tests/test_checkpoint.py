@@ -13,10 +13,10 @@ import torch
 from test_language import tiny_stream as text_stream
 from test_learner import tiny_stream, tiny_vit
 
-from treelora import checkpoint
+from treelora.engine import checkpoint
 from treelora.algorithm import TreeLoRA
 from treelora.bandit import SEARCHES
-from treelora.checkpoint import Checkpoints, Packer, check_writable, replace_file
+from treelora.engine.checkpoint import Checkpoints, Packer, check_writable, replace_file
 from treelora.cli import main
 from treelora.learner import run
 from treelora.methods import VisionMethod, get_method, list_methods

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from treelora.cli import main
-from treelora.contenders import CONTENDERS, contend, places
+from treelora.experiments.contenders import CONTENDERS, contend, places
 from treelora.streams import TaskStream, register_stream
 
 

@@ -14,23 +14,24 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from treelora import ablations, cldr, contenders, experiments, experiments_llm, paper_vs_code, training_time
-from treelora.ablations import Change, ablate, ablation_table, load_ablation
-from treelora.checkpoint import file_sha256, weights_sha256
-from treelora.cldr import CLDR_SHA256, LEAST, cldr_bytes, cldr_entry, cldr_languages, cldr_names, compare_cldr, read_cldr, rebuild_cldr, shipped_cldr
+from treelora.experiments import ablations, contenders, vision as experiments, language as experiments_llm, paper_vs_code, training_time
+from treelora.learning import cldr
+from treelora.experiments.ablations import Change, ablate, ablation_table, load_ablation
+from treelora.engine.checkpoint import file_sha256, weights_sha256
+from treelora.learning.cldr import CLDR_SHA256, LEAST, cldr_bytes, cldr_entry, cldr_languages, cldr_names, compare_cldr, read_cldr, rebuild_cldr, shipped_cldr
 from treelora.cli import main
-from treelora.contenders import contend, places
-from treelora.experiments import run_set
-from treelora.figures import caption, figure, load_results
-from treelora.language import language_weights_file, packaged_smollm2
+from treelora.experiments.contenders import contend, places
+from treelora.experiments.vision import run_set
+from treelora.paper.figures import caption, figure, load_results
+from treelora.learning.language import language_weights_file, packaged_smollm2
 from treelora.learner import run
-from treelora.models import get_model, save_weights, weights_file
-from treelora.paper_vs_code import run_switches, switch_table
-from treelora.report import Evidence, report
+from treelora.learning.models import get_model, save_weights, weights_file
+from treelora.experiments.paper_vs_code import run_switches, switch_table
+from treelora.paper.report import Evidence, report
 from treelora.streams import FASHION_DEBIAN, ImageSet, Stream, Task, TaskStream, get_stream
-from treelora.tables import BEFORE, contest_table, parts_table, read_results, table
-from treelora.text import Example, TextSet, TextStream, TextTask, cldr_split
-from treelora.training_time import load_times, measure_time, time_table
+from treelora.paper.tables import BEFORE, contest_table, parts_table, read_results, table
+from treelora.learning.text import Example, TextSet, TextStream, TextTask, cldr_split
+from treelora.experiments.training_time import load_times, measure_time, time_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

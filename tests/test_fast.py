@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from treelora import algorithm
 from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
 from treelora.bandit import LCB, SearchTree, TreeLCB, get_search
-from treelora.bench import Report, _adapters, bench_training, has_compiler, save_scale
+from treelora.experiments.bench import Report, _adapters, bench_training, has_compiler, save_scale
 from treelora.cli import main
 from treelora.lora import lora_layers
 from treelora.signature import Layout, Rows, groups

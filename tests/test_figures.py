@@ -10,9 +10,9 @@ from test_project import fake_result
 from test_project import results as vision_results  # noqa: F401  a fixture
 
 from treelora.cli import main
-from treelora.figures import _BOUNDS, _SKETCH, STREAMS, caption, figure, load_results, round_schematic, save_all, save_figure
-from treelora.language_figures import families, pareto, save_language_figures
-from treelora.tables import contest_table, parts_table, read_results, table
+from treelora.paper.figures import _BOUNDS, _SKETCH, STREAMS, caption, figure, load_results, round_schematic, save_all, save_figure
+from treelora.paper.language_figures import families, pareto, save_language_figures
+from treelora.paper.tables import contest_table, parts_table, read_results, table
 
 DIGITS = ("split-digits", "quick")
 

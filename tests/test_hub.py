@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from treelora.algorithm import TreeLoRA
-from treelora.hub import model_card, pull, push, task_folder
+from treelora.learning.hub import model_card, pull, push, task_folder
 from treelora.lora import add_lora
 
 TASKS = ("es", "pt|br", "../../etc", "日本語")
@@ -88,7 +88,7 @@ def test_card_says_what_is_inside(tmp_path):
     push(tl, tmp_path, license="apache-2.0", base_model="me/base", stream="four tasks")
     assert front(tmp_path) == {"library_name": "peft", "base_model": "me/base", "license": "apache-2.0", "tags": ["treelora", "lora", "continual-learning"]}
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    for part in ("# TreeLoRA adapters of me/base", "four tasks", r"| 2 | pt\|br | `tasks/2-pt-br` |", tl.tree.newick(), "arxiv.org/abs/2506.10355", "from treelora.hub import pull", "| lam | 0.1 |"):
+    for part in ("# TreeLoRA adapters of me/base", "four tasks", r"| 2 | pt\|br | `tasks/2-pt-br` |", tl.tree.newick(), "arxiv.org/abs/2506.10355", "from treelora.learning.hub import pull", "| lam | 0.1 |"):
         assert part in text, part
     code = re.findall(r"```python\n(.*?)```", text, re.S)
     scope = {"model": with_peft(), "base": base()}

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from treelora.algorithm import TreeLoRA
-from treelora.language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, cache_folder, generate, load_language_model, prompt_features, ready_tokenizer
+from treelora.learning.language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, cache_folder, generate, load_language_model, prompt_features, ready_tokenizer
 from treelora.learner import run
 from treelora.methods import get_method, list_methods
-from treelora.text import Example, TextSet, TextStream, TextTask
+from treelora.learning.text import Example, TextSet, TextStream, TextTask
 
 METHODS = [m["name"] for m in list_methods() if "language" in m["kinds"]]
 

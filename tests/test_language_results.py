@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_language import tiny_run, tiny_stream
 
-from treelora.experiments_llm import FORMS, LAMBDAS, agreement, closest_pair, family_agreement, family_kinship, fast_precision, in_family, language_bars, tree_from_gram, watched
-from treelora.figures import caption, figure
-from treelora.language_figures import families, family_groups, matrices, pareto, save_language_figures
-from treelora.tables import parts_table, table
+from treelora.experiments.language import FORMS, LAMBDAS, agreement, closest_pair, family_agreement, family_kinship, fast_precision, in_family, language_bars, tree_from_gram, watched
+from treelora.paper.figures import caption, figure
+from treelora.paper.language_figures import families, family_groups, matrices, pareto, save_language_figures
+from treelora.paper.tables import parts_table, table
 
 LANGUAGES = ("es", "de", "pt", "sv", "it", "nl")
 

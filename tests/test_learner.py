@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from treelora import learner
-from treelora.experiments import run_set, tune, tuned_rate
+from treelora.experiments.vision import run_set, tune, tuned_rate
 from treelora.learner import run
 from treelora.methods import VisionMethod, get_method, list_methods
 from treelora.streams import TaskStream, get_stream
@@ -146,8 +146,8 @@ def test_run_set_resumes_and_tunes(tmp_path, monkeypatch):
         calls.append((method, seed, lr))
         return tiny_run(method, seed=seed, lr=lr or 0.01, epochs=1)
 
-    monkeypatch.setattr("treelora.experiments.run", fake)
-    monkeypatch.setattr("treelora.experiments.get_stream", lambda *where: tiny_stream())  # what is there is compared with its data
+    monkeypatch.setattr("treelora.experiments.vision.run", fake)
+    monkeypatch.setattr("treelora.experiments.vision.get_stream", lambda *where: tiny_stream())  # what is there is compared with its data
     best = tune("rows", methods=("seqlora",), results=tmp_path)
     assert tuned_rate(tmp_path, "rows", "quick", "seqlora") == best["seqlora"] and {c[1] for c in calls} == {100}
     calls.clear()

@@ -87,12 +87,12 @@ def test_all_settings_run_and_failures_are_named(commands, tmp_path, capsys):
 
 
 def test_some_files_alone(commands, tmp_path):
-    assert main(["--only", "other-seed", "--out", str(tmp_path), "nbs/core/02_tree.ipynb", "tests/test_tree.py"]) == 0
+    assert main(["--only", "other-seed", "--out", str(tmp_path), "nbs/core/04_tree.ipynb", "tests/test_tree.py"]) == 0
     (command, _, _), = commands
-    assert Path(command[0]).name == "nbdev_test" and command[-2:] == ["--path", "nbs/core/02_tree.ipynb"]
+    assert Path(command[0]).name == "nbdev_test" and command[-2:] == ["--path", "nbs/core/04_tree.ipynb"]
 
 
 def test_one_notebook_for_real(tmp_path):
-    assert main(["--only", "other-seed", "--out", str(tmp_path), "nbs/methods/29_methods.ipynb"]) == 0
+    assert main(["--only", "other-seed", "--out", str(tmp_path), "nbs/methods/10_methods.ipynb"]) == 0
     log = (tmp_path / "other-seed-notebooks-29_methods.txt").read_text()
     assert log.count("Completed") == 1 and "Success." in log

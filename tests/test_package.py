@@ -105,9 +105,9 @@ def test_installed_wheel_works_without_development_packages(built, wheel, tmp_pa
     assert Path(where).is_relative_to(tmp_path) and version == treelora.__version__
     code = BLOCK + "from treelora.cli import main\ntry: main(['--version'])\nexcept SystemExit as e: assert not e.code"
     assert python(code, tmp_path) == f"treelora {version}"
-    weights = BLOCK + "from treelora.models import get_model; print(type(get_model('glyph-vit', 2)).__name__)"
+    weights = BLOCK + "from treelora.learning.models import get_model; print(type(get_model('glyph-vit', 2)).__name__)"
     assert python(weights, tmp_path) == "VisionTransformer"
-    names = BLOCK.replace("{'nbdev'", "{'babel', 'nbdev'") + "from treelora.cldr import cldr_names; print(cldr_names('es')['Germany'])"
+    names = BLOCK.replace("{'nbdev'", "{'babel', 'nbdev'") + "from treelora.learning.cldr import cldr_names; print(cldr_names('es')['Germany'])"
     assert python(names, tmp_path) == "Alemania"
 
 

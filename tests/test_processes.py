@@ -13,7 +13,7 @@ from process_runs import vision
 from torch.distributed.fsdp import fully_shard
 
 from treelora.learner import Shares
-from treelora.shard import repeated_blocks
+from treelora.engine.shard import repeated_blocks
 
 HERE = Path(__file__).parent
 

@@ -9,8 +9,8 @@ import pytest
 
 import treelora
 from treelora.cli import main
-from treelora.figures import caption, figure, load_results, save_all
-from treelora.tables import contest_table, parts_table, table
+from treelora.paper.figures import caption, figure, load_results, save_all
+from treelora.paper.tables import contest_table, parts_table, table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = """

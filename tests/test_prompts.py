@@ -6,13 +6,13 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from treelora.language import Collator, answer_nll
+from treelora.learning.language import Collator, answer_nll
 from treelora.learner import run
 from treelora.methods.prompts import (DualPrompt, DualPrompts, DualPromptText, EnsemblePrefixes, HiDePrompt, L2P, L2PText, Prefixes, PromptPool,
                                       as_read, attention_layers, noise, prefixed, prepended, shares, text_prefixed)
-from treelora.models import features, get_model
+from treelora.learning.models import features, get_model
 from treelora.streams import get_stream
-from treelora.text import Example, TextSet, TextStream, TextTask
+from treelora.learning.text import Example, TextSet, TextStream, TextTask
 
 VISION, LANGUAGE = (L2P, DualPrompt, HiDePrompt), (L2PText, DualPromptText)
 CLASSES = [(0, 1), (2, 3), (4, 5)]

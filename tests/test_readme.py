@@ -52,7 +52,7 @@ def test_what_readme_says_of_the_first_snippet(seed):
 def test_the_trainer_of_the_second_snippet(tiny_language, tmp_path, monkeypatch):
     "What language results recommend: lambda 4 in units of the mean absolute gradient."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("treelora.language.load_smollm2", lambda: tiny_language())
+    monkeypatch.setattr("treelora.learning.language.load_smollm2", lambda: tiny_language())
     made = play(SNIPPETS[1])
     tl = made["tl"]
     assert tl.bank.names == ["es", "pt"] and (tl.lam, tl.relative) == (4.0, True)

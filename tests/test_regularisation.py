@@ -6,7 +6,7 @@ from test_language import tiny_run as text_run
 from test_learner import tiny_run as image_run, tiny_vit
 from test_replay import text_method, texts
 
-from treelora.language import answer_loss
+from treelora.learning.language import answer_loss
 from treelora.methods.regularisation import EWC, EWCText, Springs, draw_answers, fisher
 from treelora.methods.replay import flat, negative_log_likelihood
 

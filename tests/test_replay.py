@@ -6,9 +6,9 @@ from scipy.optimize import minimize, nnls
 from test_language import tiny_run as text_run
 from test_learner import tiny_run as image_run, tiny_stream as image_stream, tiny_vit
 
-from treelora.language import Collator, answer_loss
+from treelora.learning.language import Collator, answer_loss
 from treelora.methods.replay import GEM, OGD, Directions, GEMText, OGDText, flat, gem_project, nonnegative_qp, write_
-from treelora.text import Example
+from treelora.learning.text import Example
 
 
 def problem(n, P, seed, dependent=0):

@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from treelora import ablations, training_time
-from treelora.ablations import ABLATIONS, Change, ablate, ablation_table, load_ablation
+from treelora.experiments import ablations, training_time
+from treelora.experiments.ablations import ABLATIONS, Change, ablate, ablation_table, load_ablation
 from treelora.bandit import SEARCHES
-from treelora.tables import table
-from treelora.training_time import PLANS, RIVALS, SAVINGS, load_times, measure_time, time_rows, time_table
+from treelora.paper.tables import table
+from treelora.experiments.training_time import PLANS, RIVALS, SAVINGS, load_times, measure_time, time_rows, time_table
 
 
 def row(method, savings=(), seed=0, op=0.9, train=8.0, steps=(5, 5)):

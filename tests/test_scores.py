@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treelora.scores import METRICS, accuracy, chrf, edit, exact, letter, rouge_l, sari, sari_sentence, score
+from treelora.learning.scores import METRICS, accuracy, chrf, edit, exact, letter, rouge_l, sari, sari_sentence, score
 
 word = st.text("abcdefgh", min_size=1, max_size=5)
 sentence = st.lists(word, min_size=1, max_size=8).map(" ".join)

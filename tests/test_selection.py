@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from test_language import tiny_run, tiny_stream
-from treelora.language import Collator, generate, prompt_features
+from treelora.learning.language import Collator, generate, prompt_features
 from treelora.learner import Learner
 from treelora.methods.selection import SAPT, HiDeLoRAText, Importance, SharedAttention, TaSL, important, mixture, past_share, prompt_peaks, rescaled, side_by_side
 

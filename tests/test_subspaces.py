@@ -11,13 +11,13 @@ from torch import nn
 
 from test_language import tiny_run as text_run
 from test_learner import tiny_run, tiny_stream, tiny_vit
-from treelora.language import add_adapters
+from treelora.learning.language import add_adapters
 from treelora.lora import LoRALinear, adapters_off, lora_layers
 from treelora.methods.subspaces import Frozen, InfLoRA, InfLoRAAligned, InputSpace, OLoRA, OLoRAText, input_moments
-from treelora.models import features
+from treelora.learning.models import features
 
 CLASSES = [(0, 1), (2, 3)]
-TUTORIAL = Path(__file__).parent.parent / "nbs" / "tutorials" / "74_own_method.ipynb"
+TUTORIAL = Path(__file__).parent.parent / "nbs" / "tutorials" / "05_own_method.ipynb"
 
 
 def orthonormal(d, k, g): return torch.linalg.qr(torch.randn(d, k, generator=g, dtype=torch.float64))[0]

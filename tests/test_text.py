@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treelora.streams import TaskStream, get_stream, list_streams
-from treelora.text import (CL_KINDS, CL_ORDERS, CLDR_LANGUAGES, FAMILIES, TRACE, Example, LengthBuckets, TextSet, TextStream, TextTask, cl_prompt,
+from treelora.learning.text import (CL_KINDS, CL_ORDERS, CLDR_LANGUAGES, FAMILIES, TRACE, Example, LengthBuckets, TextSet, TextStream, TextTask, cl_prompt,
                            cldr_languages, cldr_names, cldr_split, cldr_stream, read_records)
 
 
@@ -265,8 +265,8 @@ def test_image_batches_come_in_the_order_of_a_plain_loader():
 
 
 def test_text_is_imported_when_asked_for_and_babel_when_needed():
-    code = ("import sys; import treelora.streams; assert 'treelora.text' not in sys.modules; treelora.streams.list_streams(); "
-            "heavy = {'babel', 'datasets', 'sacrebleu', 'rapidfuzz', 'rouge_score'} & set(sys.modules); assert 'treelora.text' in sys.modules and not heavy, heavy")
+    code = ("import sys; import treelora.streams; assert 'treelora.learning.text' not in sys.modules; treelora.streams.list_streams(); "
+            "heavy = {'babel', 'datasets', 'sacrebleu', 'rapidfuzz', 'rouge_score'} & set(sys.modules); assert 'treelora.learning.text' in sys.modules and not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], check=True)
     assert {"cldr", "trace", "math-llm", "long-15", *(f"cl-benchmark-{i}" for i in range(1, 7)), "split-digits"} <= set(list_streams())
 

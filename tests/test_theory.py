@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treelora.bandit import get_search
-from treelora.theory import NOISES, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, needle, play, pulls_bound, regret_bound, smoothness_slack
-from treelora.theory_cost import stored_numbers
-from treelora.theory_regret import bank_environment, bound_of, game, measured_terms, save
+from treelora.theory.smooth_tree import NOISES, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, needle, play, pulls_bound, regret_bound, smoothness_slack
+from treelora.theory.complexity import stored_numbers
+from treelora.theory.regret import bank_environment, bound_of, game, measured_terms, save
 from treelora.tree import TaskTree
 
 
