@@ -421,10 +421,10 @@ def test_task_state_in_a_bare_loop():
     sgd = torch.optim.SGD(tl.params, 0.1)
     with tl.task("down"):
         for i in range(3): step(tl, sgd, i)
-        saved = task_state(now, tl.live)
+        saved = task_state(tl._now, tl.live)
         for i in range(3, 6): step(tl, sgd, i)
         end, picks = tl.live.read(), list(tl._now.picks)
-        restore_task(tl, *saved)
+        restore_task(tl._now, tl.live, *saved)
         assert not torch.equal(tl.live.read(), end) and tl._now.round == 3
         for i in range(3, 6): step(tl, sgd, i)
         assert torch.equal(tl.live.read(), end) and all(torch.equal(a, b) for a, b in zip(picks, tl._now.picks, strict=True))

@@ -30,7 +30,7 @@ from ..signature import Layout, get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
 
-# %% ../../nbs/core/07_algorithm.ipynb #ea5574e5
+# %% ../../nbs/core/07_algorithm.ipynb #f6f32fff
 class TreeLoRA:
     "Continual learning with a tree of earlier tasks, for any model with LoRA layers (Algorithm 1)."
 
@@ -51,13 +51,14 @@ class TreeLoRA:
         self.live = ModelAdapter(self.layout, self.bank, o.cache)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
-        self.router, self.initial = Router(model, self.bank, o.adapter), self.live.read()
-        self.store = Store(self.layout, self.bank, self.router.stats, self.live)
+        self.router = Router(model, self.bank, o.adapter)
+        self.stats, self.initial = self.router.stats, self.live.read()
+        self.store = Store(self.layout, self.bank, self.stats, self.live)
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
     lam = property(lambda self: self.pull.lam, lambda self, value: setattr(self.pull, "lam", value), doc="The strength, which may change between tasks.")
 
-# %% ../../nbs/core/07_algorithm.ipynb #26cabecf
+# %% ../../nbs/core/07_algorithm.ipynb #90f352c5
 @patch(cls_method=True)
 def variant(
     cls: TreeLoRA,
@@ -68,7 +69,7 @@ def variant(
     "A named set of arguments: the paper's text, the authors' code, or this project's own form."
     return cls(model, **(VARIANTS[one_of("variant", name, list(VARIANTS))] | changes))
 
-# %% ../../nbs/core/07_algorithm.ipynb #2b7e10ca
+# %% ../../nbs/core/07_algorithm.ipynb #c2237b64
 @patch
 def task(
     self: TreeLoRA,
@@ -84,7 +85,7 @@ def task(
     if self._paused is not None: self._paused.check(name)
     return self._task(name, rounds, epoch)
 
-# %% ../../nbs/core/07_algorithm.ipynb #334fc2ab
+# %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
 @patch
 @contextmanager
 def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator[TreeLoRA]:
@@ -105,7 +106,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
         self._now = None
         if hook: hook.remove()
 
-# %% ../../nbs/core/07_algorithm.ipynb #28c2c6d6
+# %% ../../nbs/core/07_algorithm.ipynb #40235ab4
 @patch
 def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> TaskInProgress:
     "Start a task: its adapter's start, its search, its empty signature."
@@ -119,7 +120,7 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     late = self.live.device.type == "cuda"
     return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late))
 
-# %% ../../nbs/core/07_algorithm.ipynb #550627e5
+# %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
 @patch
 def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     "Store the task's signature and adapter, and insert it into the tree."
@@ -134,7 +135,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     for kept, gone in merges: self.bank.merge(kept, gone)
     if self.bank.folder is not None and self.tree.budget is None: self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
     self.last, now.signature = now, None
-    self.router.stats.add(now.stats)
+    self.stats.add(now.stats)
 
 
 @patch
@@ -143,7 +144,7 @@ def _tree_rows(self: TreeLoRA, signature: torch.Tensor) -> list[torch.Tensor]:
     rows = [row[:size] for row, size in zip(signature, self.layout.sizes)]
     return rows if self.options.root == "input" else rows[::-1]
 
-# %% ../../nbs/core/07_algorithm.ipynb #9721073b
+# %% ../../nbs/core/07_algorithm.ipynb #6fe37618
 @patch
 @torch.no_grad()
 def step(
@@ -165,7 +166,7 @@ def step(
         if self.options.top_fraction is not None: keep_top_(grads, self.options.top_fraction)
         self.pull.before_step(now, grads, loss, norms)
 
-# %% ../../nbs/core/07_algorithm.ipynb #a1dc4a8b
+# %% ../../nbs/core/07_algorithm.ipynb #b07e0c2b
 @patch
 def _observe(self: TreeLoRA, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, torch.Tensor]:
     "The arms of this round and what was seen of them; the arms are kept once a branch is found."
@@ -189,7 +190,7 @@ def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> Non
     self.live.become(now.arms)
     now.signature.begin(self.params)
 
-# %% ../../nbs/core/07_algorithm.ipynb #2d654918
+# %% ../../nbs/core/07_algorithm.ipynb #7fc5a54b
 @patch
 def _open(self: TreeLoRA) -> TaskInProgress:
     "The task in progress."
@@ -213,7 +214,7 @@ def _norms(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> to
     for sizes, t in now.norms.send(norms, now.round + 1): _finite(self.layout.names, sizes, now.name, t)
     return norms
 
-# %% ../../nbs/core/07_algorithm.ipynb #b09a141d
+# %% ../../nbs/core/07_algorithm.ipynb #012165d1
 def _finite(names: list[str], norms: torch.Tensor, task: str, round: int) -> None:
     "Raise ValueError naming task, round and layers when a gradient (A and B of each layer, in turn) is not finite."
     if np.isfinite(norms.numpy()).all(): return
