@@ -6,32 +6,32 @@
 __all__ = ['SEARCHES', 'check_search', 'get_search', 'SearchTree', 'Search', 'LCB', 'PrintedLCB', 'TreeLCBV', 'FlatLCB', 'UCT',
            'EpsilonGreedy', 'Thompson', 'Random', 'Sweep', 'Softmax', 'TreeLCB', 'PathLCB', 'BAST', 'FEW', 'tree_lcb']
 
-# %% ../../nbs/engine/05_searches.ipynb #840ea8c2
+# %% ../../nbs/engine/05_searches.ipynb #17a91fd0
 from .search import LCB, Search, SearchTree
 from .fast import BAST, FEW, PathLCB, TreeLCB, TreeLCBV, tree_lcb
 from .rivals import (EpsilonGreedy, FlatLCB, PrintedLCB, Random, Softmax, Sweep,
                                     Thompson, UCT)
 from ..tree import TaskTree
 
-# %% ../../nbs/engine/05_searches.ipynb #79c2bb4e
+# %% ../../nbs/engine/05_searches.ipynb #c47bdf7a
 _all_ = ["SearchTree", "Search", "LCB", "PrintedLCB", "TreeLCBV", "FlatLCB", "UCT",
-         "EpsilonGreedy", "Thompson", "Random", "Sweep", "Softmax", "TreeLCB", "PathLCB", "BAST",
-         "FEW", "tree_lcb"]
+         "EpsilonGreedy", "Thompson", "Random", "Sweep", "Softmax", "TreeLCB", "PathLCB",
+         "BAST", "FEW", "tree_lcb"]
 
-# %% ../../nbs/engine/05_searches.ipynb #df00239d
+# %% ../../nbs/engine/05_searches.ipynb #947143b9
 SEARCHES = {
     "tree-lcb": tree_lcb, "tree-lcb-v": TreeLCBV, "flat-lcb": FlatLCB, "uct": UCT,
     "epsilon-greedy": EpsilonGreedy, "random": Random, "sweep": Sweep, "softmax": Softmax,
     "thompson": Thompson, "tree-lcb-path": PathLCB, "bast": BAST,
     "tree-lcb-printed": PrintedLCB}
 
-# %% ../../nbs/engine/05_searches.ipynb #e5748600
+# %% ../../nbs/engine/05_searches.ipynb #6332f39e
 def check_search(name: str) -> None:
     "Raise ValueError when there is no search of that name."
     if name not in SEARCHES:
         raise ValueError(f"Unknown search {name!r}; known are {', '.join(SEARCHES)}.")
 
-# %% ../../nbs/engine/05_searches.ipynb #071edbf8
+# %% ../../nbs/engine/05_searches.ipynb #ec2fabab
 def get_search(
     name: str,  # one of SEARCHES
     tree: TaskTree,  # of the earlier tasks

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'TreeLCB', 'tree_lcb', 'TreeLCBV', 'PathLCB', 'BAST']
 
-# %% ../../nbs/engine/03_search_fast.ipynb #96cfdcda
+# %% ../../nbs/engine/03_search_fast.ipynb #f8d38877
 import math
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 from .search import LCB, _flat, patch
 from ..tree import TaskTree
 
-# %% ../../nbs/engine/03_search_fast.ipynb #305e76b3
+# %% ../../nbs/engine/03_search_fast.ipynb #5d6dfdac
 def _crossing(a, w, b, x, s: float) -> np.ndarray:
     "Where the lines a - s w and b - s x cross from s on; infinite where they do not."
     with np.errstate(divide="ignore", invalid="ignore"): at = (a - b) / (w - x)
     return np.where(at >= s - 1e-9, np.maximum(at, s), math.inf)  # now counts as crossing
 
-# %% ../../nbs/engine/03_search_fast.ipynb #1f75e531
+# %% ../../nbs/engine/03_search_fast.ipynb #2a497798
 class TreeLCB(LCB):
     """Eq. 2's choices in O(log N) per round: each node keeps the line that its bound follows,
     the leaf that a descent from it ends at, and until when."""
@@ -41,13 +41,13 @@ class TreeLCB(LCB):
         kept = self._lines[:, 0] - self._s * self._lines[:, 1]
         return torch.from_numpy(kept).view_as(self.counts)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #bff6f1d0
+# %% ../../nbs/engine/03_search_fast.ipynb #b79de40f
 @patch
 def choose(self: TreeLCB, t):
     self._advance(self.widening(t))
     return torch.from_numpy(self._leaf[self._rows[:, 0]])  # of the roots
 
-# %% ../../nbs/engine/03_search_fast.ipynb #e3b03fde
+# %% ../../nbs/engine/03_search_fast.ipynb #1ec12b7b
 @patch
 def update(self: TreeLCB, arms, losses):
     LCB.update(self, arms, losses)
@@ -55,14 +55,14 @@ def update(self: TreeLCB, arms, losses):
     self._seen += 1
     self._redo_path(self._layers, arms.numpy())
 
-# %% ../../nbs/engine/03_search_fast.ipynb #52ea74ea
+# %% ../../nbs/engine/03_search_fast.ipynb #3caca2f9
 @patch
 def rescale(self: TreeLCB, ratio):
     LCB.rescale(self, ratio)
     rows = (ratio != 1).nonzero().flatten().numpy()
     if len(rows): self._redo_all(rows)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #68fae013
+# %% ../../nbs/engine/03_search_fast.ipynb #054a5216
 @patch
 def _advance(self: TreeLCB, s: float) -> None:
     "Bring the lines to a moment s."
@@ -71,7 +71,7 @@ def _advance(self: TreeLCB, s: float) -> None:
     while len(rows := np.flatnonzero(self._until[self._rows[:, 0]] < s)):
         self._redo_path(rows, self._due(rows))
 
-# %% ../../nbs/engine/03_search_fast.ipynb #eb23241c
+# %% ../../nbs/engine/03_search_fast.ipynb #7abd87f1
 @patch
 def _start_over(self: TreeLCB, s: float) -> None:
     "Lines, leaves and times of all nodes at a moment s from counts and means alone."
@@ -80,7 +80,7 @@ def _start_over(self: TreeLCB, s: float) -> None:
     self._s, self._seen = s, self.counts[0, 0].item()
     self._redo_all(self._layers)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #9c6400d0
+# %% ../../nbs/engine/03_search_fast.ipynb #66ca5edd
 @patch
 def _due(self: TreeLCB, rows: np.ndarray) -> np.ndarray:  # (R,) layers -> (R,) arms
     "An arm per layer on whose path nodes' time is over, down to the lowest of them."
@@ -91,7 +91,7 @@ def _due(self: TreeLCB, rows: np.ndarray) -> np.ndarray:  # (R,) layers -> (R,) 
         at = np.where(over[0], left[at], np.where(over[1], right[at], left[at]))
     return self.nodes.arm.numpy()[at]
 
-# %% ../../nbs/engine/03_search_fast.ipynb #f20a33e1
+# %% ../../nbs/engine/03_search_fast.ipynb #78de2150
 @patch
 def _own(self: TreeLCB, at: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The lines of nodes by themselves: mean less slack, and slope. `at`: in the flat tables."
@@ -99,7 +99,7 @@ def _own(self: TreeLCB, at: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, 
     begin = np.where(n > 0, _flat(self.means)[at] - self._slack[nodes], -math.inf)
     return begin, np.where(n > 0, self.narrowing(np.maximum(n, 1)), 0.0)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #ee06c81d
+# %% ../../nbs/engine/03_search_fast.ipynb #28b6beb3
 def _values(alone: np.ndarray, other: np.ndarray) -> np.ndarray:  # of alone's shape
     "The bounds along paths, from those of the nodes alone and of the siblings."
     value = alone.copy()
@@ -107,7 +107,7 @@ def _values(alone: np.ndarray, other: np.ndarray) -> np.ndarray:  # of alone's s
         np.maximum(alone[j], np.minimum(value[j + 1], other[j]), out=value[j])
     return value
 
-# %% ../../nbs/engine/03_search_fast.ipynb #6086d905
+# %% ../../nbs/engine/03_search_fast.ipynb #cc87cc4e
 def _from_below(rows: np.ndarray) -> np.ndarray:  # of the same shape
     "The smallest entry at each place or below it."
     return np.minimum.accumulate(rows[::-1], axis=0)[::-1]
@@ -117,7 +117,7 @@ def _picked(x: np.ndarray, rows: np.ndarray) -> np.ndarray:  # (M, R), (longest,
     "x[rows[j, i], i]: NumPy's take_along_axis in a third of its time."
     return x.take(rows * x.shape[1] + np.arange(x.shape[1]))
 
-# %% ../../nbs/engine/03_search_fast.ipynb #42d0ba81
+# %% ../../nbs/engine/03_search_fast.ipynb #2af7fe4b
 def _followed(value, own, aside, alone, other) -> tuple[np.ndarray, np.ndarray]:
     "The line of each node of a path: its own, that of the sibling below, or of the child."
     longest = len(value)
@@ -128,7 +128,7 @@ def _followed(value, own, aside, alone, other) -> tuple[np.ndarray, np.ndarray]:
     source = _picked(source, _from_below(known))
     return tuple(_picked(np.concatenate(x), source) for x in zip(own, aside))
 
-# %% ../../nbs/engine/03_search_fast.ipynb #71bfb285
+# %% ../../nbs/engine/03_search_fast.ipynb #a654814b
 def _reached(value, other, lower, beside, arms) -> np.ndarray:  # (longest, R) arms
     "The leaf that a descent from each node of a path ends at; `beside`: those of siblings."
     turns = np.where(lower, other < value[1:], other <= value[1:])
@@ -137,7 +137,7 @@ def _reached(value, other, lower, beside, arms) -> np.ndarray:  # (longest, R) a
     source = np.concatenate([source, np.full_like(arms[None], last)])
     return _picked(np.concatenate([beside, arms[None]]), _from_below(source))
 
-# %% ../../nbs/engine/03_search_fast.ipynb #6d85495d
+# %% ../../nbs/engine/03_search_fast.ipynb #d2506a71
 def _times(line, own, aside, below, beside: np.ndarray, s: float) -> np.ndarray:
     "Until when a path's nodes keep their lines. `below`: whether the path's child is lower."
     a, w = line
@@ -149,7 +149,7 @@ def _times(line, own, aside, below, beside: np.ndarray, s: float) -> np.ndarray:
     until[:-1] = np.minimum(np.minimum(crossings[:len(below)], crossings[len(below):]), beside)
     return _from_below(until)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #935059d2
+# %% ../../nbs/engine/03_search_fast.ipynb #cdc12969
 @patch
 def _redo_path(self: TreeLCB, rows: np.ndarray, arms: np.ndarray) -> None:  # (R,), (R,)
     "Lines, leaves and times along one path per layer of `rows`, to the leaf of its arm."
@@ -166,7 +166,7 @@ def _redo_path(self: TreeLCB, rows: np.ndarray, arms: np.ndarray) -> None:  # (R
     self._lines[at, 0], self._lines[at, 1] = line
     self._until[at] = until
 
-# %% ../../nbs/engine/03_search_fast.ipynb #b95085ef
+# %% ../../nbs/engine/03_search_fast.ipynb #c75614a3
 @patch
 def _redo_all(self: TreeLCB, rows: np.ndarray) -> None:
     "Lines, leaves and times of all visited nodes of some layers, level by level from below."
@@ -183,7 +183,7 @@ def _redo_all(self: TreeLCB, rows: np.ndarray) -> None:
         self._redo_level(at[here], base[here] + left, base[here] + right,
                          self.nodes.lower[left])
 
-# %% ../../nbs/engine/03_search_fast.ipynb #c560de1a
+# %% ../../nbs/engine/03_search_fast.ipynb #c24317fb
 @patch
 def _redo_level(self: TreeLCB, at, left, right, lower: np.ndarray) -> None:
     """Lines, leaves and times of some nodes from those of their children; their own lines are
@@ -197,7 +197,7 @@ def _redo_level(self: TreeLCB, at, left, right, lower: np.ndarray) -> None:
     until = np.minimum(_crossing(*x.T, *y.T, s), _crossing(*own.T, *low.T, s))
     self._until[at] = np.minimum(until, np.minimum(self._until[left], self._until[right]))
 
-# %% ../../nbs/engine/03_search_fast.ipynb #835c0836
+# %% ../../nbs/engine/03_search_fast.ipynb #6a8cf3f5
 FEW = 64  # up to so many arms the full computation takes less time than keeping lines
 
 
@@ -205,7 +205,7 @@ def tree_lcb(tree: TaskTree, n_layers: int, seed: int = 0, **options) -> LCB:
     "Eq. 2 in the way that is faster for a tree of this size; the choices are the same."
     return (LCB if len(tree) <= FEW else TreeLCB)(tree, n_layers, seed, **options)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #fe798384
+# %% ../../nbs/engine/03_search_fast.ipynb #1168aaed
 class TreeLCBV(LCB):
     "Tree LCB with the variance-aware width of UCB-V (Audibert, Munos & Szepesvari 2009)."
 
@@ -214,7 +214,7 @@ class TreeLCBV(LCB):
         variance = self.squares[:, :-1] / n
         return self.c * ((2 * variance * math.log(t) / n).sqrt() + 3 * math.log(t) / n)
 
-# %% ../../nbs/engine/03_search_fast.ipynb #1f906f8e
+# %% ../../nbs/engine/03_search_fast.ipynb #bcc61299
 class PathLCB(TreeLCB):
     "Eq. 2 with log T for log t: a bound changes only when its node is observed."
 
@@ -230,7 +230,7 @@ class PathLCB(TreeLCB):
 
     def widening(self, t): return 2 * self.c * math.sqrt(math.log(self.horizon))
 
-# %% ../../nbs/engine/03_search_fast.ipynb #e9e05d68
+# %% ../../nbs/engine/03_search_fast.ipynb #d808f2f2
 class BAST(PathLCB):
     """The bandit for smooth trees of Coquelin & Munos (2007), mirrored to losses: right for
     all nodes at once with probability 1 - 1/T."""

@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['FlatLCB', 'UCT', 'PrintedLCB', 'EpsilonGreedy', 'Thompson', 'Random', 'Sweep', 'Softmax']
 
-# %% ../../nbs/engine/04_rivals.ipynb #deaddad1
+# %% ../../nbs/engine/04_rivals.ipynb #6f875489
 import math
 
 import torch
 
 from .search import LCB, Search, _checked, patch
 
-# %% ../../nbs/engine/04_rivals.ipynb #c66811f6
+# %% ../../nbs/engine/04_rivals.ipynb #997219a7
 def _smallest(bounds: torch.Tensor) -> torch.Tensor:  # (L, N) -> (L,)
     "The arm with the smallest bound; of equal ones the first."
     return (bounds == bounds.min(1, keepdim=True).values).double().argmax(1)
 
-# %% ../../nbs/engine/04_rivals.ipynb #47ca16d9
+# %% ../../nbs/engine/04_rivals.ipynb #38e4a61f
 class FlatLCB(LCB):
     "The same width on the leaves alone: the tree is ignored."
 
     def choose(self, t):
         return _smallest(self.own(t)[:, self.nodes.leaves])
 
-# %% ../../nbs/engine/04_rivals.ipynb #c33861b6
+# %% ../../nbs/engine/04_rivals.ipynb #96893755
 class UCT(LCB):
     """Descend by each child's own mean and a width that counts its parent's visits
     (Kocsis & Szepesvari 2006)."""
@@ -37,7 +37,7 @@ class UCT(LCB):
         own = self.means[:, :-1] - 2 * self.c * (parent.log() / n).sqrt()
         return torch.where(n > 0, own, -math.inf)
 
-# %% ../../nbs/engine/04_rivals.ipynb #123b3fe6
+# %% ../../nbs/engine/04_rivals.ipynb #5d3f59d7
 class PrintedLCB(LCB):
     """Eq. 2 without the missing comma: the smallest child's bound plus the node's own mean,
     width and delta."""
@@ -49,7 +49,7 @@ class PrintedLCB(LCB):
             lcb[:, inner] = torch.minimum(lcb[:, left], lcb[:, right]) + own
         return lcb
 
-# %% ../../nbs/engine/04_rivals.ipynb #18555da9
+# %% ../../nbs/engine/04_rivals.ipynb #516ecd1c
 class EpsilonGreedy(Search):
     "With probability epsilon a random arm, else the best so far (unvisited ones first)."
 
@@ -62,13 +62,13 @@ class EpsilonGreedy(Search):
         explore = torch.rand(self.n_layers, generator=self.rng) < self.epsilon
         return torch.where(explore, anything, _greedy(self))
 
-# %% ../../nbs/engine/04_rivals.ipynb #df7a37bf
+# %% ../../nbs/engine/04_rivals.ipynb #7e2c9365
 def _greedy(search: Search) -> torch.Tensor:  # (L,)
     "The arm with the smallest mean; unseen ones first."
     means = search.leaf_means()
     return _smallest(means.masked_fill(means.isinf(), -math.inf))
 
-# %% ../../nbs/engine/04_rivals.ipynb #5d84e638
+# %% ../../nbs/engine/04_rivals.ipynb #91f109d4
 class Thompson(Search):
     """Draw a mean for each arm from a Gaussian that narrows with its pulls, play the smallest
     draw (Agrawal & Goyal 2013)."""
@@ -83,14 +83,14 @@ class Thompson(Search):
         draw = torch.randn(n.shape, generator=self.rng, dtype=n.dtype)
         return _smallest(mean + self.c * draw / n.sqrt())
 
-# %% ../../nbs/engine/04_rivals.ipynb #a71c60cb
+# %% ../../nbs/engine/04_rivals.ipynb #e797ffd6
 class Random(Search):
     "A uniformly random arm (ablation ii of Tab. 5)."
 
     def choose(self, t):
         return torch.randint(self.n_arms, (self.n_layers,), generator=self.rng)
 
-# %% ../../nbs/engine/04_rivals.ipynb #a5b24c32
+# %% ../../nbs/engine/04_rivals.ipynb #9d3c3c99
 class Sweep(Search):
     "Observe all arms in each round and choose the nearest: N comparisons per round."
     wants_all = True
@@ -98,7 +98,7 @@ class Sweep(Search):
     def choose(self, t):
         return _greedy(self)
 
-# %% ../../nbs/engine/04_rivals.ipynb #bba3ef49
+# %% ../../nbs/engine/04_rivals.ipynb #00dbfe33
 @patch
 def update_all(
     self: Sweep,
@@ -108,7 +108,7 @@ def update_all(
     for arm, column in enumerate(_checked(losses, (self.n_layers, self.n_arms)).T):
         self.update(torch.full((self.n_layers,), arm), column)
 
-# %% ../../nbs/engine/04_rivals.ipynb #83fea3dc
+# %% ../../nbs/engine/04_rivals.ipynb #6f75e40b
 class Softmax(Search):
     """The authors' code as we read it: a softmax draw over all arms in which farther tasks
     score higher."""
@@ -122,7 +122,7 @@ class Softmax(Search):
     def choose(self, t):
         return torch.multinomial(self.scores(t).softmax(1), 1, generator=self.rng)[:, 0]
 
-# %% ../../nbs/engine/04_rivals.ipynb #e6753221
+# %% ../../nbs/engine/04_rivals.ipynb #3a80019a
 @patch
 def scores(self: Softmax, t: int) -> torch.Tensor:  # (L, N)
     "The score of each arm; unvisited ones count as visited once."

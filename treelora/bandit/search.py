@@ -14,27 +14,27 @@ import torch
 
 from ..tree import Node, TaskTree
 
-# %% ../../nbs/core/05_search.ipynb #951b4e7e
+# %% ../../nbs/core/05_search.ipynb #7a6cfe37
 def patch(method) -> None:
     "Make a function a method of the class that its parameter `self` is annotated with."
     cls = method.__annotations__["self"]
     method.__qualname__ = f"{cls.__name__}.{method.__name__}"
     setattr(cls, method.__name__, method)
 
-# %% ../../nbs/core/05_search.ipynb #c1dcec01
+# %% ../../nbs/core/05_search.ipynb #0f050d5d
 def _inner_or_arms(node: Node, arms_of: dict) -> Node | list[int]:
     "An inner node itself; of a leaf its arms."
     if node.children: return node
     return sorted(arm for key in node.tasks for arm in arms_of[key])
 
-# %% ../../nbs/core/05_search.ipynb #bdaf3cc2
+# %% ../../nbs/core/05_search.ipynb #ff521c54
 def _halves(x: Node | list[int], arms_of: dict) -> tuple:
     "The two sides of a node: its children, or halves in task order where the tree has none."
     if isinstance(x, Node): return tuple(_inner_or_arms(y, arms_of) for y in x.children)
     half = (len(x) + 1) // 2
     return x[:half], x[half:]
 
-# %% ../../nbs/core/05_search.ipynb #77324814
+# %% ../../nbs/core/05_search.ipynb #de8a1cd9
 def _levels(tree: TaskTree, index: dict) -> list[np.ndarray]:
     "The arm of each node, level by level; -1 for an inner node. Left children come first."
     arms_of, found = defaultdict(list), []  # entry of the tree -> arms that share it
@@ -47,13 +47,13 @@ def _levels(tree: TaskTree, index: dict) -> list[np.ndarray]:
         level = [half[side] for side in (0, 1) for half in halves]
     return found
 
-# %% ../../nbs/core/05_search.ipynb #edb1f45a
+# %% ../../nbs/core/05_search.ipynb #184514d1
 def _inner(levels: list[np.ndarray]) -> list[np.ndarray]:
     "The numbers of the inner nodes, level by level."
     starts = np.cumsum([0, *map(len, levels)])
     return [start + np.flatnonzero(arms < 0) for start, arms in zip(starts, levels)]
 
-# %% ../../nbs/core/05_search.ipynb #6629cf86
+# %% ../../nbs/core/05_search.ipynb #abcb7d23
 def _children(inner: list[np.ndarray], n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     "The left and the right child of each node; a leaf and the padding are their own."
     left, right, start = np.arange(n_nodes + 1), np.arange(n_nodes + 1), 1
@@ -63,7 +63,7 @@ def _children(inner: list[np.ndarray], n_nodes: int) -> tuple[np.ndarray, np.nda
         start += 2 * len(here)
     return left, right
 
-# %% ../../nbs/core/05_search.ipynb #604bb449
+# %% ../../nbs/core/05_search.ipynb #0df9e84b
 def _above(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The parent and the sibling of each node; the root and the padding are their own."
     parent, sibling = np.arange(len(left)), np.arange(len(left))
@@ -72,20 +72,20 @@ def _above(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     sibling[left[inner]], sibling[right[inner]] = right[inner], left[inner]
     return parent, sibling
 
-# %% ../../nbs/core/05_search.ipynb #9fa1948d
+# %% ../../nbs/core/05_search.ipynb #5ae4b0d1
 def _lowest(arm, left, right, inner: list[np.ndarray]) -> np.ndarray:  # (nodes + 1,)
     "The lowest task at each node or below it."
     first = np.append(arm, len(arm))
     for here in inner[::-1]: first[here] = np.minimum(first[left[here]], first[right[here]])
     return first
 
-# %% ../../nbs/core/05_search.ipynb #c7273db0
+# %% ../../nbs/core/05_search.ipynb #98d4f471
 def _pairs(left: np.ndarray, right: np.ndarray, first: np.ndarray) -> np.ndarray:  # (nodes, 2)
     "The children of each node, the one with the lower task first."
     low = (first[left] <= first[right])[:-1, None]
     return np.where(low, np.stack([left, right], 1)[:-1], np.stack([right, left], 1)[:-1])
 
-# %% ../../nbs/core/05_search.ipynb #f224c87e
+# %% ../../nbs/core/05_search.ipynb #5f4b30c6
 def _paths(leaves, depth, parent) -> np.ndarray:  # (N, longest)
     "The nodes from the root to each leaf, padded with the number behind the last node."
     paths, at = np.full((len(leaves), depth.max() + 1), len(depth)), leaves.copy()
@@ -95,7 +95,7 @@ def _paths(leaves, depth, parent) -> np.ndarray:  # (N, longest)
         at[here] = parent[at[here]]
     return paths
 
-# %% ../../nbs/core/05_search.ipynb #276bb1b9
+# %% ../../nbs/core/05_search.ipynb #0ded635c
 def _blocks(inner: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple:
     "The inner nodes of a level, their left and their right children; as slices if possible."
     def block(x):
@@ -105,7 +105,7 @@ def _blocks(inner: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple:
 
 # %% ../../nbs/core/05_search.ipynb #57d85005
 class SearchTree:
-    "A task tree as arrays, binary, one task per leaf; node 0 is the root, the last is padding."
+    "A task tree as arrays, binary, one task per leaf; 0 is the root, the last node is padding."
 
     def __init__(self, tree: TaskTree):
         if len(tree) == 0:
@@ -129,7 +129,7 @@ class SearchTree:
         self.reach = depth[leaves]             # edges from the root to each arm
         self.inner_levels = [_blocks(x, left, right) for x in inner[-2::-1]]  # deepest first
 
-# %% ../../nbs/core/05_search.ipynb #dfb9665b
+# %% ../../nbs/core/05_search.ipynb #1f53c955
 @patch
 def path_to(self: SearchTree, arms: np.ndarray) -> np.ndarray:  # (R,) -> (R, longest of these)
     "The nodes from the root to some arms' leaves, padded."
@@ -155,7 +155,7 @@ class Search:
         # where each layer begins in a flat table
         self._rows = self._layers[:, None] * (self.nodes.n_nodes + 1)
 
-# %% ../../nbs/core/05_search.ipynb #e7552fc6
+# %% ../../nbs/core/05_search.ipynb #ed42d4e2
 def _table(n_layers: int, nodes: SearchTree) -> torch.Tensor:  # (L, nodes + 1)
     "Zeros that the system gives page by page: nodes that no round visits cost no memory."
     return torch.from_numpy(np.zeros((n_layers, nodes.n_nodes + 1)))
@@ -165,7 +165,7 @@ def _flat(table: torch.Tensor) -> np.ndarray:
     "A table as one NumPy array: for few numbers NumPy is several times faster than PyTorch."
     return table.numpy().reshape(-1)
 
-# %% ../../nbs/core/05_search.ipynb #bacd45c7
+# %% ../../nbs/core/05_search.ipynb #16ba8e7b
 @patch
 def choose(
     self: Search,
@@ -185,7 +185,7 @@ def _checked(losses: torch.Tensor, shape: tuple) -> torch.Tensor:
                          "first.")
     return losses
 
-# %% ../../nbs/core/05_search.ipynb #5a9ea9bd
+# %% ../../nbs/core/05_search.ipynb #0d637434
 @patch
 def update(
     self: Search,
@@ -202,13 +202,13 @@ def update(
     counts[at], means[at] = n, mean + step / n
     squares[at] += step * step * (n - 1) / n
 
-# %% ../../nbs/core/05_search.ipynb #742885c3
+# %% ../../nbs/core/05_search.ipynb #03484b08
 @patch
 def pulls(self: Search) -> torch.Tensor:  # (L, N)
     "How often each arm was observed."
     return self.counts[:, self.nodes.leaves].long()
 
-# %% ../../nbs/core/05_search.ipynb #4d0d0e54
+# %% ../../nbs/core/05_search.ipynb #173a47b7
 @patch
 def rescale(
     self: Search,
@@ -220,14 +220,14 @@ def rescale(
     self.means[rows] *= ratio[rows, None]
     self.squares[rows] *= ratio[rows, None].square()
 
-# %% ../../nbs/core/05_search.ipynb #a51eb6f0
+# %% ../../nbs/core/05_search.ipynb #9b5e5ecb
 @patch
 def leaf_means(self: Search) -> torch.Tensor:  # (L, N), infinite where never observed
     "Mean loss of each arm."
     seen = self.counts[:, self.nodes.leaves] > 0
     return self.means[:, self.nodes.leaves].masked_fill(~seen, math.inf)
 
-# %% ../../nbs/core/05_search.ipynb #4ec8baab
+# %% ../../nbs/core/05_search.ipynb #4b9255e9
 @patch
 def best(self: Search) -> torch.Tensor:  # (L,)
     "The arm with the smallest mean loss so far."
@@ -251,33 +251,33 @@ class LCB(Search):
         self.c, self.delta = c, delta * gamma ** self.nodes.depth.double()
         self.slack = torch.where(self.nodes.arm < 0, self.delta, 0.0)  # leaves have none
 
-# %% ../../nbs/core/05_search.ipynb #6877a2ea
+# %% ../../nbs/core/05_search.ipynb #54f0eab0
 @patch
 def widening(self: LCB, t: int) -> float:
     "The part of the width that grows with the rounds."
     return 2 * self.c * math.sqrt(math.log(t))
 
-# %% ../../nbs/core/05_search.ipynb #3b8c513c
+# %% ../../nbs/core/05_search.ipynb #2e7e532a
 @patch
 def narrowing(self: LCB, n: np.ndarray) -> np.ndarray:  # of the same shape
     "The part of the width that shrinks with a node's observations."
     return 1 / np.sqrt(n)
 
-# %% ../../nbs/core/05_search.ipynb #c80e9f6d
+# %% ../../nbs/core/05_search.ipynb #d66f2b94
 @patch
 def widths(self: LCB, t: int) -> torch.Tensor:  # (L, nodes)
     "Confidence width of each node, infinite or not a number where nothing was seen."
     with np.errstate(divide="ignore", invalid="ignore"):
         return torch.from_numpy(self.widening(t) * self.narrowing(self.counts[:, :-1].numpy()))
 
-# %% ../../nbs/core/05_search.ipynb #9c9973c1
+# %% ../../nbs/core/05_search.ipynb #35a755eb
 @patch
 def own(self: LCB, t: int) -> torch.Tensor:  # (L, nodes)
     "Mean less width of each node by itself; -infinity where nothing was seen."
     seen = self.counts[:, :-1] > 0
     return torch.where(seen, self.means[:, :-1] - self.widths(t), -math.inf)
 
-# %% ../../nbs/core/05_search.ipynb #a20d382d
+# %% ../../nbs/core/05_search.ipynb #d793d389
 @patch
 def bounds(self: LCB, t: int) -> torch.Tensor:  # (L, nodes)
     "LCB of each node (Eq. 2); -infinity where nothing was seen."
@@ -288,7 +288,7 @@ def bounds(self: LCB, t: int) -> torch.Tensor:  # (L, nodes)
         lcb[:, inner] = np.maximum(np.minimum(lcb[:, left], lcb[:, right]), lcb[:, inner])
     return torch.from_numpy(lcb)
 
-# %% ../../nbs/core/05_search.ipynb #74709d49
+# %% ../../nbs/core/05_search.ipynb #a51c3c28
 @patch
 def _descend(self: LCB, bounds: torch.Tensor) -> torch.Tensor:  # (L,)
     "To the child with the smaller bound, down to a leaf; ties go to the lower task index."
@@ -301,7 +301,7 @@ def _descend(self: LCB, bounds: torch.Tensor) -> torch.Tensor:  # (L,)
         at = pair[every, (below[:, 1] < below[:, 0]).view(np.int8)]
     return torch.from_numpy(self.nodes.arm.numpy()[at])
 
-# %% ../../nbs/core/05_search.ipynb #0bc7452c
+# %% ../../nbs/core/05_search.ipynb #af62fa03
 @patch
 def choose(self: LCB, t):
     return self._descend(self.bounds(t))
