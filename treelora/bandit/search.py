@@ -105,7 +105,7 @@ def _blocks(inner: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple:
 
 # %% ../../nbs/core/05_search.ipynb #57d85005
 class SearchTree:
-    "A task tree as arrays, binary, one task per leaf; 0 is the root, the last node is padding."
+    "A task tree as arrays, binary, one task per leaf; 0 is the root, the last node padding."
 
     def __init__(self, tree: TaskTree):
         if len(tree) == 0:
