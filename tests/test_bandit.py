@@ -1,13 +1,17 @@
 "The searches against slow, literal readings of their formulas."
 import math
 import random
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treelora.bandit import SEARCHES, get_search
+from treelora import bandit
+from treelora.bandit import LCB, SEARCHES, TreeLCB, get_search
+from treelora.bandit import fast, rivals, search as core
 from treelora.tree import TaskTree
 
 
@@ -166,3 +170,49 @@ def test_unknown_names_and_empty_trees():
     with pytest.raises(ValueError, match="tree is empty"): get_search("uct", TaskTree(), 1)
     with pytest.raises(ValueError, match="n_layers=0"): get_search("uct", random_tree(2, 0), 0)
     assert get_search("tree-lcb", random_tree(1, 0), 3).choose(1).tolist() == [0, 0, 0]
+
+
+def nested(nodes, i=0):
+    "A search tree as nested pairs, the child with the lower task first; a leaf is its arm."
+    if nodes.arm[i] >= 0: return nodes.arm[i].item()
+    return tuple(nested(nodes, j) for j in nodes.pair[i])
+
+
+def naive(node, n, mu, t, c, depth=0):
+    "The recursion of the page that teaches the search: a lower bound of the best leaf below a node."
+    own = mu[node] - 2 * c * math.sqrt(math.log(t) / n[node]) if n[node] else -math.inf
+    if isinstance(node, int) or not n[node]: return own
+    return max(min(naive(child, n, mu, t, c, depth + 1) for child in node), own - 0.5 ** depth)
+
+
+@pytest.mark.parametrize("kind", [LCB, TreeLCB])
+@pytest.mark.parametrize("n, c", [(1, 1.0), (8, 1.0), (8, 0.05), (33, 0.2)])
+def test_the_naive_recursion_chooses_the_same_for_hundreds_of_rounds(kind, n, c):
+    search, rng = kind(random_tree(n, n), 1, c=c), random.Random(n)
+    tree, counts, means, level = nested(search.nodes), defaultdict(int), defaultdict(float), [rng.random() for _ in range(n)]
+    for t in range(1, 301):
+        path = [tree]
+        while not isinstance(path[-1], int): path.append(min(path[-1], key=lambda x: naive(x, counts, means, t, c, len(path))))
+        assert search.choose(t).tolist() == path[-1:]
+        loss = min(1.0, max(0.0, level[path[-1]] + rng.gauss(0, 0.1)))
+        search.update(torch.tensor(path[-1:]), torch.tensor([loss], dtype=torch.float64))
+        for node in path:
+            counts[node] += 1
+            means[node] += (loss - means[node]) / counts[node]
+    assert search.bounds(301)[0, 0].item() == pytest.approx(naive(tree, counts, means, 301, c), abs=1e-12)
+
+
+def test_all_public_names_are_in_the_package_and_its_modules_import_one_way():
+    assert set(bandit.__all__) == {
+        "FEW", "SEARCHES", "SearchTree", "Search", "LCB", "PrintedLCB", "TreeLCBV", "FlatLCB", "UCT", "EpsilonGreedy", "Thompson",
+        "Random", "Sweep", "Softmax", "TreeLCB", "PathLCB", "BAST", "tree_lcb", "check_search", "get_search"}
+    for module in (core, fast, rivals):
+        assert all(getattr(bandit, name) is getattr(module, name) for name in module.__all__)
+    sources = {m.__name__: Path(m.__file__).read_text(encoding="utf-8") for m in (core, fast, rivals)}
+    for name, before in (("search", ()), ("fast", ("search",)), ("rivals", ("search",))):
+        assert not any(f"from .{other} import" in sources[f"treelora.bandit.{name}"] for other in {"search", "fast", "rivals"} - set(before))
+
+
+def test_methods_given_to_a_class_are_methods_of_it():
+    assert core.Search.update.__qualname__ == "Search.update" and TreeLCB.choose is not LCB.choose
+    assert TreeLCB.bounds is LCB.bounds and "update" not in core.__all__
