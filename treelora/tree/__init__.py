@@ -50,7 +50,7 @@ def tasks(self: TaskTree) -> list:
     "All tasks in the order in which they came; a task's index is its place here."
     return list(self._key)
 
-
+# %% ../../nbs/core/04_tree.ipynb #24db6f1c
 @patch
 @property
 def keys(self: TaskTree) -> list:
@@ -65,7 +65,7 @@ def key_of(self: TaskTree, task: Hashable) -> Hashable:
         raise ValueError(f"The tree has no task {task!r}; it has {self.tasks}.")
     return self._key[task]
 
-
+# %% ../../nbs/core/04_tree.ipynb #6c66e624
 @patch
 def members(self: TaskTree, key: Hashable) -> list:
     "The tasks that share an entry."
@@ -80,8 +80,8 @@ def _check_signature(signature, like: list | None) -> list[torch.Tensor]:
         raise ValueError("A signature needs at least one layer and no empty rows.")
     broken = [l for l, row in enumerate(rows) if not row.isfinite().all()]
     if broken:
-        raise ValueError(f"The signature's rows of layers {broken} have NaN or infinite numbers; "
-                         "nothing was added.")
+        raise ValueError(f"The signature's rows of layers {broken} have NaN or infinite "
+                         "numbers; nothing was added.")
     sizes, wanted = ([len(r) for r in x] for x in (rows, rows if like is None else like))
     if sizes != wanted:
         raise ValueError(f"The signature's rows have sizes {sizes}, "
@@ -94,13 +94,13 @@ def rows(self: TaskTree, keys: Sequence, layer: int) -> torch.Tensor:  # (n, D o
     "One layer's rows of some entries."
     return torch.stack([self._rows[k][layer] for k in keys])
 
-
+# %% ../../nbs/core/04_tree.ipynb #6c7521bc
 @patch
 def signature(self: TaskTree, task: Hashable) -> list[torch.Tensor]:  # L rows
     "The rows stored for a task."
     return self._rows[self.key_of(task)]
 
-
+# %% ../../nbs/core/04_tree.ipynb #6f3a65a3
 @patch
 @property
 def limit(self: TaskTree) -> int:
@@ -133,14 +133,14 @@ def _names(self: TaskTree, node: Node) -> list:
     keys = set(node.tasks)
     return [task for task, key in self._key.items() if key in keys]
 
-
+# %% ../../nbs/core/04_tree.ipynb #275301cc
 @patch
 def _children(self: TaskTree, node: Node) -> list[Node]:
     "A node's children, first the one with its earliest task, on whichever side of the cut."
     first = self._key[self._names(node)[0]]
     return sorted(node.children, key=lambda child: first not in child.tasks)
 
-
+# %% ../../nbs/core/04_tree.ipynb #6302f2eb
 @patch
 def _walk(self: TaskTree, node: Node | None) -> Iterator[Node]:
     "A node and all below it, depth first, children in the order of `_children`."
@@ -155,10 +155,10 @@ def leaves(self: TaskTree) -> list[list]:
     "The tasks of each leaf; of two branches the one with the earlier task first."
     return [self._names(n) for n in self._walk(self.root) if not n.children]
 
-
+# %% ../../nbs/core/04_tree.ipynb #cfe89941
 @patch
 def groups(self: TaskTree, depth: int) -> list[set]:
-    "The sets of tasks at a depth (0 is the root), as `leaves` orders them; higher leaves stay."
+    "The sets of tasks at a depth (0 is the root), ordered as `leaves`; higher leaves stay."
     nodes = self._walk(self.root)
     return [set(self._names(n)) for n in nodes
             if n.depth == depth or (n.depth < depth and not n.children)]
@@ -170,7 +170,7 @@ def path(self: TaskTree, task: Hashable) -> list[list]:
     key = self.key_of(task)
     return [self._names(n) for n in self.root.walk() if key in n.tasks]
 
-
+# %% ../../nbs/core/04_tree.ipynb #0982c8b8
 @patch
 def distance(self: TaskTree, a: Hashable, b: Hashable) -> int:
     "How many edges of the tree lie between the leaves of two tasks."
@@ -185,12 +185,12 @@ def _newick(tree: TaskTree, node: Node) -> str:
     else: inside = [_quoted(str(task)) for task in tree._names(node)]
     return inside[0] if len(inside) == 1 else f"({','.join(inside)})"
 
-
+# %% ../../nbs/core/04_tree.ipynb #e154a3ed
 def _quoted(name: str) -> str:
     "A name as Newick allows it."
     return name if re.fullmatch(r"[\w.\-]+", name) else "'" + name.replace("'", "''") + "'"
 
-
+# %% ../../nbs/core/04_tree.ipynb #ca4222ec
 @patch
 def newick(self: TaskTree) -> str:
     "The tree in Newick's format; trees of equal groups give equal strings."
@@ -202,12 +202,12 @@ def draw(self: TaskTree, ax=None):
     "Draw the tree with matplotlib; returns the axes. Raises ValueError for an empty tree."
     return draw_tree(self, ax)
 
-
+# %% ../../nbs/core/04_tree.ipynb #ea55bb36
 @patch
 def _repr_svg_(self: TaskTree) -> str | None:
     return as_svg(self) if self.root else None
 
-
+# %% ../../nbs/core/04_tree.ipynb #bdf9aa81
 @patch
 def __repr__(self: TaskTree):
     return f"TaskTree({len(self)} tasks, split={self.split!r}): {self.newick()}"
@@ -220,7 +220,7 @@ def _update(self: TaskTree) -> None:
     if not keys: self.root = None
     else: self.root = reuse(self, self.root, keys) if self.root else build(self, keys, 0)
 
-
+# %% ../../nbs/core/04_tree.ipynb #0adf6fa5
 @patch
 def remove(self: TaskTree, task: Hashable) -> None:
     "Take a task out; an entry goes with its last task. Raises ValueError for an unknown task."
@@ -273,7 +273,7 @@ def share(
     task: Hashable,  # that shares its entry with no other
     rows: Sequence[torch.Tensor],  # equal to its own
 ) -> None:
-    "Keep another's tensors, which must not change, and no copy. Raises ValueError for other rows."
+    "Keep tensors that others own and never change. Raises ValueError for rows that differ."
     if not all(map(torch.equal, rows, self.signature(task))):
         raise ValueError(f"The rows to share for task {task!r} are not those of the tree.")
     self._rows[self.key_of(task)] = list(rows)
@@ -285,7 +285,7 @@ def _plain(node: Node, number: dict) -> dict:
     return {"tasks": node.tasks, "depth": node.depth, "built": node.built,
             "children": [number[id(child)] for child in node.children], "cut": made}
 
-
+# %% ../../nbs/core/04_tree.ipynb #c1ce8031
 @patch
 def state(self: TaskTree) -> tuple[dict, dict[str, torch.Tensor]]:  # for JSON, for safetensors
     "Everything that the tree is, for a file."
@@ -307,7 +307,7 @@ def _cut_again(plain: dict, i: int, tensors: dict[str, torch.Tensor]) -> Cut:
     center, direction = tensors[f"cut.{i}.center"], tensors.get(f"cut.{i}.direction")
     return Cut(plain["rule"], center, direction, plain["threshold"])
 
-
+# %% ../../nbs/core/04_tree.ipynb #69a03892
 @patch
 @classmethod
 def from_state(cls: TaskTree, state: dict, tensors: dict[str, torch.Tensor]) -> "TaskTree":
