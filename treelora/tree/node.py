@@ -61,7 +61,8 @@ def widest_gap(
     n, q = len(ordered), max(1, len(ordered) // 4)
     middles = torch.arange(q, n - q + 1)
     gaps = ordered[middles] - ordered[middles - 1]
-    widest = (gaps >= gaps.max() * (1 - 1e-6)).nonzero().flatten()  # of equals the most central
+    widest = (gaps >= gaps.max() * (1 - 1e-6)).nonzero().flatten()
+    # of equal gaps the most central
     i = middles[widest[(middles[widest] - n / 2).abs().argmin()]]
     return ((ordered[i - 1] + ordered[i]) / 2).item()
 
@@ -69,7 +70,7 @@ def widest_gap(
 def cut(
     rows: torch.Tensor,  # (n, D): one layer's rows of the node's tasks
     rule: str = "axis",  # "axis", "l1", "dot" or "dot-diff"
-) -> tuple[torch.Tensor, Cut] | None:  # (n,) True for left, and the cut
+) -> "tuple[torch.Tensor, Cut] | None":  # (n,) True for left, and the cut
     "Split tasks in two by one layer's rows (Eq. 1); None when all are equal."
     if rule == "dot-diff": rows = torch.cat([rows[:1], rows.diff(dim=0)])
     center = rows.mean(0)
@@ -113,7 +114,7 @@ def fresh_cut(
     tree,  # a `TaskTree`: its limit, its split rule and its rows
     tasks: list,
     depth: int,
-) -> tuple[torch.Tensor, Cut] | None:  # as of `cut`
+) -> "tuple[torch.Tensor, Cut] | None":  # as of `cut`
     "Cut some tasks by the rows of this depth's layer, if they may be cut at all."
     if len(tasks) < 2 or depth >= tree.limit: return None
     tree.n_splits += 1
