@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['TreeLoRA', 'VARIANTS']
 
-# %% ../../nbs/engine/18_afterwards.ipynb #2b2978d9
+# %% ../../nbs/engine/18_afterwards.ipynb #f84d7443
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from .conductor import TreeLoRA
@@ -19,12 +18,13 @@ from ..engine.options import VARIANTS
 from ..engine.signals import loss_now
 from ..engine.store import Store
 from ..lora import lora_layers
+from ..patch import patch
 from ..signature import Layout
 
-# %% ../../nbs/engine/18_afterwards.ipynb #00489c74
+# %% ../../nbs/engine/18_afterwards.ipynb #916deb8e
 _all_ = ["TreeLoRA", "VARIANTS"]
 
-# %% ../../nbs/engine/18_afterwards.ipynb #12d52701
+# %% ../../nbs/engine/18_afterwards.ipynb #ed93b0e4
 @patch
 def load_adapter(self: TreeLoRA, name: str) -> None:
     "Put a learned task's adapter into the model. Raises ValueError for an unknown task, or while a task trains."
@@ -43,7 +43,7 @@ def record_features(
     groups = [None] * len(features) if labels is None else [int(y) for y in labels]
     now.stats.update(features, [(now.name, g) for g in groups])
 
-# %% ../../nbs/engine/18_afterwards.ipynb #7268341c
+# %% ../../nbs/engine/18_afterwards.ipynb #564428a6
 @patch
 def route(self: TreeLoRA, features: torch.Tensor, beam: int = 8) -> torch.Tensor:  # (n, F) -> (n,)
     "Which task each input belongs to, in the order of `tl.bank.names`. Raises ValueError when a task has no features."
@@ -62,7 +62,7 @@ def serving(self: TreeLoRA, tasks: torch.Tensor):  # (n,) task of each row, as `
     "A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i]."
     return self.router.serving(tasks)
 
-# %% ../../nbs/engine/18_afterwards.ipynb #306411cf
+# %% ../../nbs/engine/18_afterwards.ipynb #9bbbef63
 @patch
 def look(
     self: TreeLoRA,
@@ -85,13 +85,14 @@ def look(
     return now.round < now.search_rounds
 
 
-@patch(as_prop=True)
+@patch
+@property
 def found(self: TreeLoRA) -> dict | None:
     "What the search for the branch of this task, or of the last one, has found; None without one."
     now = self._now or self.last
     return now and now.found
 
-# %% ../../nbs/engine/18_afterwards.ipynb #2046b954
+# %% ../../nbs/engine/18_afterwards.ipynb #8662aa99
 @patch
 def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an older state in it is replaced
     "Write bank, tree and feature statistics. Raises ValueError while a task trains, OSError for a folder that cannot be written or a full disk."
@@ -99,7 +100,8 @@ def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an old
     self.store.save(folder, self.tree, self.initial, self.config)
 
 
-@patch(cls_method=True)
+@patch
+@classmethod
 def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "default", **where) -> TreeLoRA:  # where it runs: cache, bank_folder, compile
     "The object that `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from another model; the model is untouched then."
     plain, tensors = Store.read(folder, Layout(lora_layers(model, adapter)))
@@ -113,7 +115,7 @@ def _restore(self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor]) -> N
     "Take the state that was read."
     self.tree, self.initial = self.store.unpack(plain, tensors)
 
-# %% ../../nbs/engine/18_afterwards.ipynb #230bb623
+# %% ../../nbs/engine/18_afterwards.ipynb #5fa304bb
 @patch
 def state(self: TreeLoRA) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "Everything, the running task included, between two steps or two tasks; optimiser and data are the loop's own."
@@ -130,20 +132,23 @@ def restore(self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor]) -> No
     self._restore(plain, tensors)
     self._paused, self.last = self.store.unpack_tasks(plain, tensors)
 
-# %% ../../nbs/engine/18_afterwards.ipynb #d17bf807
-@patch(as_prop=True)
+# %% ../../nbs/engine/18_afterwards.ipynb #5d733820
+@patch
+@property
 def paused(self: TreeLoRA) -> dict | None:
     "Name, rounds and epoch of a task that was restored and waits to go on."
     return self._paused and self._paused.described
 
 
-@patch(as_prop=True)
+@patch
+@property
 def config(self: TreeLoRA) -> dict:
     "What this object was made with, less the model."
     return self.options.config | {"lam": self.lam}
 
 
-@patch(as_prop=True)
+@patch
+@property
 def device_bytes(self: TreeLoRA) -> int:
     "What it holds on the training device at this moment beside the model, in bytes; it does not grow with the tasks."
     running = [self._now.signature.total.matrix] if self._now is not None and "total" in vars(self._now.signature) else []

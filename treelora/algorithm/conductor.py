@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -26,11 +25,12 @@ from ..engine.signals import SIGNALS
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
 from ..lora import lora_layers
+from ..patch import patch
 from ..signature import Layout, get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
 
-# %% ../../nbs/core/07_algorithm.ipynb #f6f32fff
+# %% ../../nbs/core/07_algorithm.ipynb #615fd000
 class TreeLoRA:
     "Continual learning with a tree of earlier tasks, for any model with LoRA layers (Algorithm 1)."
 
@@ -58,8 +58,9 @@ class TreeLoRA:
 
     lam = property(lambda self: self.pull.lam, lambda self, value: setattr(self.pull, "lam", value), doc="The strength, which may change between tasks.")
 
-# %% ../../nbs/core/07_algorithm.ipynb #90f352c5
-@patch(cls_method=True)
+# %% ../../nbs/core/07_algorithm.ipynb #ad23fff8
+@patch
+@classmethod
 def variant(
     cls: TreeLoRA,
     name: str,  # one of VARIANTS
@@ -69,7 +70,7 @@ def variant(
     "A named set of arguments: the paper's text, the authors' code, or this project's own form."
     return cls(model, **(VARIANTS[one_of("variant", name, list(VARIANTS))] | changes))
 
-# %% ../../nbs/core/07_algorithm.ipynb #c2237b64
+# %% ../../nbs/core/07_algorithm.ipynb #2b7e10ca
 @patch
 def task(
     self: TreeLoRA,
@@ -85,7 +86,7 @@ def task(
     if self._paused is not None: self._paused.check(name)
     return self._task(name, rounds, epoch)
 
-# %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
+# %% ../../nbs/core/07_algorithm.ipynb #334fc2ab
 @patch
 @contextmanager
 def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator[TreeLoRA]:
@@ -106,7 +107,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
         self._now = None
         if hook: hook.remove()
 
-# %% ../../nbs/core/07_algorithm.ipynb #40235ab4
+# %% ../../nbs/core/07_algorithm.ipynb #28c2c6d6
 @patch
 def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> TaskInProgress:
     "Start a task: its adapter's start, its search, its empty signature."
@@ -120,7 +121,7 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     late = self.live.device.type == "cuda"
     return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late))
 
-# %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
+# %% ../../nbs/core/07_algorithm.ipynb #1eb58ac2
 @patch
 def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     "Store the task's signature and adapter, and insert it into the tree."
@@ -144,7 +145,7 @@ def _tree_rows(self: TreeLoRA, signature: torch.Tensor) -> list[torch.Tensor]:
     rows = [row[:size] for row, size in zip(signature, self.layout.sizes)]
     return rows if self.options.root == "input" else rows[::-1]
 
-# %% ../../nbs/core/07_algorithm.ipynb #6fe37618
+# %% ../../nbs/core/07_algorithm.ipynb #9721073b
 @patch
 @torch.no_grad()
 def step(
@@ -166,7 +167,7 @@ def step(
         if self.options.top_fraction is not None: keep_top_(grads, self.options.top_fraction)
         self.pull.before_step(now, grads, loss, norms)
 
-# %% ../../nbs/core/07_algorithm.ipynb #b07e0c2b
+# %% ../../nbs/core/07_algorithm.ipynb #a1dc4a8b
 @patch
 def _observe(self: TreeLoRA, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, torch.Tensor]:
     "The arms of this round and what was seen of them; the arms are kept once a branch is found."
@@ -190,7 +191,7 @@ def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> Non
     self.live.become(now.arms)
     now.signature.begin(self.params)
 
-# %% ../../nbs/core/07_algorithm.ipynb #7fc5a54b
+# %% ../../nbs/core/07_algorithm.ipynb #2d654918
 @patch
 def _open(self: TreeLoRA) -> TaskInProgress:
     "The task in progress."
@@ -214,7 +215,7 @@ def _norms(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> to
     for sizes, t in now.norms.send(norms, now.round + 1): _finite(self.layout.names, sizes, now.name, t)
     return norms
 
-# %% ../../nbs/core/07_algorithm.ipynb #012165d1
+# %% ../../nbs/core/07_algorithm.ipynb #b09a141d
 def _finite(names: list[str], norms: torch.Tensor, task: str, round: int) -> None:
     "Raise ValueError naming task, round and layers when a gradient (A and B of each layer, in turn) is not finite."
     if np.isfinite(norms.numpy()).all(): return

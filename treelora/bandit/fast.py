@@ -11,7 +11,8 @@ import math
 import numpy as np
 import torch
 
-from .search import LCB, _flat, patch
+from .search import LCB, _flat
+from ..patch import patch
 from ..tree import TaskTree
 
 # %% ../../nbs/engine/03_search_fast.ipynb #5d6dfdac

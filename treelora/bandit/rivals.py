@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from .search import LCB, Search, _checked, patch
+from .search import LCB, Search, _checked
+from ..patch import patch
 
 # %% ../../nbs/engine/04_rivals.ipynb #997219a7
 def _smallest(bounds: torch.Tensor) -> torch.Tensor:  # (L, N) -> (L,)

@@ -12,14 +12,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from ..patch import patch
 from ..tree import Node, TaskTree
-
-# %% ../../nbs/core/05_search.ipynb #7a6cfe37
-def patch(method) -> None:
-    "Make a function a method of the class that its parameter `self` is annotated with."
-    cls = method.__annotations__["self"]
-    method.__qualname__ = f"{cls.__name__}.{method.__name__}"
-    setattr(cls, method.__name__, method)
 
 # %% ../../nbs/core/05_search.ipynb #0f050d5d
 def _inner_or_arms(node: Node, arms_of: dict) -> Node | list[int]:

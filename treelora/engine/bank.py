@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['Block', 'FileBlock', 'Bank']
 
-# %% ../../nbs/engine/01_bank.ipynb #73c210e1
+# %% ../../nbs/engine/01_bank.ipynb #61f02b73
 import mmap, tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
+from ..patch import patch
 from ..signature import Layout
 from ..tree import merge_lora
 
-# %% ../../nbs/engine/01_bank.ipynb #6091b578
+# %% ../../nbs/engine/01_bank.ipynb #3fca4a47
 class Block:
     "A (slots, L, D) block in memory, with room for more: N tasks are copied less than N times in all, and untouched room takes no memory."
 
@@ -49,7 +49,7 @@ class Block:
         larger[:used] = self.room
         return larger
 
-# %% ../../nbs/engine/01_bank.ipynb #3cb51384
+# %% ../../nbs/engine/01_bank.ipynb #aabe8a96
 class FileBlock(Block):
     "The same in a nameless file, mapped: it may be larger than memory, and it goes when the process goes, however that ends."
 
@@ -89,7 +89,7 @@ class FileBlock(Block):
         except OSError as error:
             raise OSError(f"The bank cannot be kept in {self.folder} ({error.strerror or error}); make room, or choose another bank_folder.") from error
 
-# %% ../../nbs/engine/01_bank.ipynb #6336997b
+# %% ../../nbs/engine/01_bank.ipynb #105cade0
 class Bank:
     "Adapters and signatures of the earlier tasks, one slot per stored adapter, in host memory."
 
@@ -122,7 +122,7 @@ class Bank:
         "What the bank keeps, in bytes."
         return sum(x.numel() * x.element_size() for x in (self.adapters, self.signatures))
 
-# %% ../../nbs/engine/01_bank.ipynb #0c698524
+# %% ../../nbs/engine/01_bank.ipynb #5265143e
 @patch
 def add(self: Bank, name: str, signature: torch.Tensor, adapter: torch.Tensor) -> None:
     "Store a task's (L, D) signature and adapter in a new slot. Raises OSError, and stores nothing, when a file has no room."
@@ -145,7 +145,7 @@ def adapter(self: Bank, name: str) -> torch.Tensor:  # (L, D)
     if name not in self: raise ValueError(f"No adapter of a task {name!r}; the bank has {self.names}.")
     return self.adapters[self.slot[self.names.index(name)]]
 
-# %% ../../nbs/engine/01_bank.ipynb #f1225854
+# %% ../../nbs/engine/01_bank.ipynb #5f965f0d
 @patch
 def rows_of(self: Bank, arms: torch.Tensor) -> torch.Tensor:  # (L,)
     "Where the rows of task arms[l] in layer l lie, when a block is seen as one matrix."
@@ -171,7 +171,7 @@ def gather(
     "Row l of task arms[l], for all layers at once."
     return self.fetch(block, self.rows_of(arms), out)
 
-# %% ../../nbs/engine/01_bank.ipynb #4da2b8f1
+# %% ../../nbs/engine/01_bank.ipynb #074ada84
 @patch
 def merge(self: Bank, kept: str, gone: str) -> None:
     "Let two tasks share a slot: weighted mean signature, best rank-r approximation of the mean adapter."
@@ -201,7 +201,7 @@ def _parts(A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.T
     "The (r, in) and (out, r) matrices of each part of a layer."
     return [(A, B)] if B.dim() == 2 else list(zip(A.chunk(len(B)), B))
 
-# %% ../../nbs/engine/01_bank.ipynb #e638c610
+# %% ../../nbs/engine/01_bank.ipynb #510db1e6
 @patch
 def state(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "Names and slots, and the blocks, uncopied."

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FeatureStats']
 
-# %% ../../nbs/engine/08_features.ipynb #f3851654
+# %% ../../nbs/engine/08_features.ipynb #bcbe4b01
 from collections.abc import Sequence
 
 import torch
-from fastcore.basics import patch
 
-# %% ../../nbs/engine/08_features.ipynb #acaf34ef
+from ..patch import patch
+
+# %% ../../nbs/engine/08_features.ipynb #46219c0b
 class FeatureStats:
     "Means of groups of un-adapted features and their shared covariance; one update per batch, in any order."
 
@@ -39,7 +40,7 @@ class FeatureStats:
         self.scatter += (x - new).T @ (x - new) + torch.outer(shift, shift) * n * m / (n + m)
         self.means[group], self.counts[group] = old + shift * m / (n + m), n + m
 
-# %% ../../nbs/engine/08_features.ipynb #f3c16a59
+# %% ../../nbs/engine/08_features.ipynb #003675d2
 @patch
 def whitener(self: FeatureStats, ridge: float = 1e-2) -> torch.Tensor:  # (F, F)
     "W with W'W the inverse of the covariance, whose diagonal is raised by `ridge` times its mean."
@@ -54,7 +55,7 @@ def distances(self: FeatureStats, features: torch.Tensor) -> torch.Tensor:  # (n
     W, x = self.whitener(), features.detach().to("cpu", torch.float64)
     return torch.cdist(x @ W.T, torch.stack(list(self.means.values())) @ W.T).square()
 
-# %% ../../nbs/engine/08_features.ipynb #092401c0
+# %% ../../nbs/engine/08_features.ipynb #cc63a692
 @patch
 def add(self: FeatureStats, other: FeatureStats) -> None:
     "Add the statistics of a finished task, whose groups are new."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'pull_group', 'Arithmetic', 'CompiledArithmetic']
 
-# %% ../../nbs/engine/10_fused.ipynb #5771a209
+# %% ../../nbs/engine/10_fused.ipynb #0880b419
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ import torch
 from .device import ModelAdapter
 from ..signature import Signature
 
-# %% ../../nbs/engine/10_fused.ipynb #3994e25d
+# %% ../../nbs/engine/10_fused.ipynb #3c2f664b
 def pull_group(grads: list, values: list, branch: torch.Tensor, views: list, lam: float, unit: torch.Tensor | None) -> None:
     "Add lambda times the sign of adapter less branch to the gradients, in so many units per layer; `views` are the branch's, which is overwritten."
     torch._foreach_sub_(views, values)  # branch less adapter: minus the direction of the penalty
@@ -47,7 +47,7 @@ class Arithmetic:
         for g in self.model.stored(arms):
             pull_group(grads[g.params], self.model.params[g.params], g.scratch, g.views, lam, None if unit is None else unit[g.layers])
 
-# %% ../../nbs/engine/10_fused.ipynb #551d058b
+# %% ../../nbs/engine/10_fused.ipynb #57441efc
 LAYERS = 16  # which are compiled as one: more take longer to compile, fewer more calls
 
 
@@ -71,7 +71,7 @@ def _compiler_needed() -> Iterator[None]:
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise RuntimeError(f"compile=True needs a compiler that torch.compile can work with, on a CPU one of C++; install one, or leave it out ({type(error).__name__}).") from error
 
-# %% ../../nbs/engine/10_fused.ipynb #0b0d8c1c
+# %% ../../nbs/engine/10_fused.ipynb #41215782
 class CompiledArithmetic(Arithmetic):
     "The same, compiled, with as few passes over memory as there can be."
 

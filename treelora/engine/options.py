@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['INITS', 'INFERENCES', 'ROOTS', 'VARIANTS', 'Options', 'one_of']
 
-# %% ../../nbs/engine/17_options.ipynb #e3cb6c92
+# %% ../../nbs/engine/17_options.ipynb #7d128505
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-from fastcore.basics import patch
 
 from ..bandit import check_search
 from .pulls import PENALTIES
 from .signals import SIGNALS
+from ..patch import patch
 from ..signature import get_signature
 
-# %% ../../nbs/engine/17_options.ipynb #ad154dd2
+# %% ../../nbs/engine/17_options.ipynb #899c98ac
 INITS, INFERENCES, ROOTS = ("last", "fresh", "branch"), ("latest", "routed"), ("input", "output")
 
 
@@ -57,22 +56,23 @@ class Options:
         check_search(self.search), get_signature(self.signature)
         for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
 
-# %% ../../nbs/engine/17_options.ipynb #1a76f094
+# %% ../../nbs/engine/17_options.ipynb #efe2da2a
 def one_of(what: str, value: str, known) -> str:
     "The value, if it is known; otherwise ValueError with the list."
     if value not in known: raise ValueError(f"Unknown {what} {value!r}; known are {', '.join(known)}.")
     return value
 
-# %% ../../nbs/engine/17_options.ipynb #c3e89659
+# %% ../../nbs/engine/17_options.ipynb #271e9172
 _KEPT = ("lam", "signature", "search", "signal", "penalty", "init", "inference", "ramp", "top_fraction", "search_options", "search_rounds", "relative", "root", "seed", "split", "depth", "budget")
 
 
-@patch(as_prop=True)
+@patch
+@property
 def config(self: Options) -> dict:
     "What decides the result, as a file keeps it."
     return {name: getattr(self, name) for name in _KEPT} | {"search_options": self.search_options or {}}
 
-# %% ../../nbs/engine/17_options.ipynb #10449501
+# %% ../../nbs/engine/17_options.ipynb #2943a421
 VARIANTS = {
     "paper": dict(signature="grad", split="l1", search="tree-lcb", signal="stored", penalty="l1", init="last"),
     "authors": dict(signature="weight", split="dot-diff", search="softmax", signal="stored", penalty="dot", init="last", ramp=True),

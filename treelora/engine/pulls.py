@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENALTIES', 'Pull', 'L1Pull', 'ProxPull', 'DotPull']
 
-# %% ../../nbs/engine/13_pulls.ipynb #0b04435e
+# %% ../../nbs/engine/13_pulls.ipynb #6396d4b8
 import torch
 
 from .device import ModelAdapter, bytes_of
@@ -14,7 +14,7 @@ from .task import TaskInProgress
 from ..signature import Rows
 from ..sparse import dot_gradient, prox_, ramp
 
-# %% ../../nbs/engine/13_pulls.ipynb #7d0fa519
+# %% ../../nbs/engine/13_pulls.ipynb #d4bcd670
 class Pull:
     "What draws an adapter towards its branch, before or after the optimiser's step."
     after = False  # whether it acts after the optimiser's step
@@ -49,7 +49,7 @@ class Pull:
         "What it holds on the device, in bytes."
         return 0
 
-# %% ../../nbs/engine/13_pulls.ipynb #997fa69d
+# %% ../../nbs/engine/13_pulls.ipynb #4447389f
 class L1Pull(Pull):
     "The sign of the distance to the branch, added to the gradient (Eq. 3)."
 
@@ -61,7 +61,7 @@ class L1Pull(Pull):
         "Each layer's mean absolute gradient, from the L1 norms of its A and B."
         return (norms.view(-1, 2).sum(1) / torch.tensor(self.model.layout.sizes, device=norms.device))[:, None]
 
-# %% ../../nbs/engine/13_pulls.ipynb #e6ec6668
+# %% ../../nbs/engine/13_pulls.ipynb #04020a6f
 class ProxPull(Pull):
     "The soft threshold around the branch, after the optimiser's step: what is nearer than the threshold becomes the branch exactly."
     after = True
@@ -78,7 +78,7 @@ class ProxPull(Pull):
     @property
     def scratch_bytes(self): return bytes_of([g.scratch for g in self.others or ()])
 
-# %% ../../nbs/engine/13_pulls.ipynb #a074c870
+# %% ../../nbs/engine/13_pulls.ipynb #7f4f18f5
 class DotPull(Pull):
     "The authors' penalty: minus a dot product with the branch, scaled to the task's loss."
     rows: tuple[Rows, Rows] | None = None  # the adapter, and its branch
@@ -101,5 +101,5 @@ class DotPull(Pull):
     @property
     def scratch_bytes(self): return bytes_of([r.matrix for r in self.rows or ()])
 
-# %% ../../nbs/engine/13_pulls.ipynb #64d7cb06
+# %% ../../nbs/engine/13_pulls.ipynb #fb4a95f7
 PENALTIES = {"l1": L1Pull, "prox": ProxPull, "dot": DotPull}

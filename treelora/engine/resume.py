@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stacked', 'task_state', 'restore_task', 'ended']
 
-# %% ../../nbs/engine/15_resume.ipynb #d904d92d
+# %% ../../nbs/engine/15_resume.ipynb #5b87246c
 import numpy as np
 import torch
 
@@ -14,7 +14,7 @@ from .device import Mail, ModelAdapter
 from .task import TaskInProgress
 from ..signature import Rows
 
-# %% ../../nbs/engine/15_resume.ipynb #dd913f15
+# %% ../../nbs/engine/15_resume.ipynb #b31b3b4e
 def _tensors_of(search: Search) -> dict[str, torch.Tensor]:
     "What a search of any kind has counted and keeps ready; arrays of NumPy as tensors on the same memory."
     arrays = {k: torch.from_numpy(x) for k, x in vars(search).items() if isinstance(x, np.ndarray) and x.flags.writeable}
@@ -30,7 +30,7 @@ def stacked(tensors: list) -> torch.Tensor | None:
     "Equal tensors as one, or None if there are none."
     return torch.stack(tensors) if tensors else None
 
-# %% ../../nbs/engine/15_resume.ipynb #64f50b78
+# %% ../../nbs/engine/15_resume.ipynb #f12d2911
 def task_state(
     now: TaskInProgress,
     model: ModelAdapter,
@@ -53,7 +53,7 @@ def _waiting(mail: Mail) -> list[tuple]:
         if event is not None: event.synchronize()
     return [(tensor, note) for tensor, _, note in mail.waiting]
 
-# %% ../../nbs/engine/15_resume.ipynb #8137a97d
+# %% ../../nbs/engine/15_resume.ipynb #b15078af
 def restore_task(
     now: TaskInProgress,  # of the same name, just begun, with the same bank
     model: ModelAdapter,
@@ -76,7 +76,7 @@ def restore_task(
         vars(now.search).update(plain["search"])
     model.write(tensors["adapter"])
 
-# %% ../../nbs/engine/15_resume.ipynb #6567d2f1
+# %% ../../nbs/engine/15_resume.ipynb #a320643e
 def ended(plain: dict, tensors: dict[str, torch.Tensor]) -> TaskInProgress:
     "What is known of the task that was learned last: its rounds and picks, but not its search."
     return TaskInProgress(plain["name"], None, None, None, None, 0, Mail(False), Mail(False), plain["round"], tensors.get("arms"), picks=list(tensors.get("picks", ())))

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['route', 'grouped', 'Router']
 
-# %% ../../nbs/engine/09_routing.ipynb #913a31a7
+# %% ../../nbs/engine/09_routing.ipynb #0700ecf5
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from ..bandit import SearchTree
 from .bank import Bank
 from .features import FeatureStats
 from ..lora import adapters_off, row_adapters
+from ..patch import patch
 from ..tree import TaskTree
 
 # %% ../../nbs/engine/09_routing.ipynb #2a23f7ee

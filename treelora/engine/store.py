@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Store', 'Paused']
 
-# %% ../../nbs/engine/16_store.ipynb #d34e876d
+# %% ../../nbs/engine/16_store.ipynb #ce520a9f
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from .bank import Bank
 from .device import ModelAdapter
@@ -18,6 +17,7 @@ from .features import FeatureStats
 from .files import FORMAT, read_state, summary, write_state
 from .resume import ended, restore_task, stacked, task_state
 from .task import TaskInProgress
+from ..patch import patch
 from ..signature import Layout
 from ..tree import TaskTree
 
@@ -62,7 +62,7 @@ def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     "Those with the prefix, without it."
     return {name[len(prefix) + 1:]: x for name, x in tensors.items() if name.startswith(prefix + ".")}
 
-# %% ../../nbs/engine/16_store.ipynb #3483c85d
+# %% ../../nbs/engine/16_store.ipynb #08fc51c4
 @patch
 def check(self: Store, plain: dict, config: dict) -> None:
     "Raise ValueError for a state of another model, or one that was taken with other settings."
@@ -78,7 +78,8 @@ def save(self: Store, folder: str | Path, tree: TaskTree, initial: torch.Tensor,
     write_state(Path(folder), *self.pack(tree, initial, config))
 
 
-@patch(cls_method=True)
+@patch
+@classmethod
 def read(cls: Store, folder: str | Path, layout: Layout) -> tuple[dict, dict[str, torch.Tensor]]:
     "What `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from another model than the layout's."
     plain, tensors = read_state(Path(folder))

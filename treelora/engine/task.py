@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['TaskInProgress']
 
-# %% ../../nbs/engine/11_task.ipynb #751e5da8
+# %% ../../nbs/engine/11_task.ipynb #77080f9d
 import math
 from dataclasses import dataclass, field
 
 import torch
-from fastcore.basics import patch
 
 from ..bandit import Search
 from .device import Mail
 from .features import FeatureStats
+from ..patch import patch
 from ..signature import Signature
 
-# %% ../../nbs/engine/11_task.ipynb #86192a16
+# %% ../../nbs/engine/11_task.ipynb #6861e07d
 @dataclass
 class TaskInProgress:
     "The state of the task that trains now."
@@ -51,7 +51,7 @@ class TaskInProgress:
         "Whether this round only looked for the branch, with the adapter held still."
         return self.search is not None and self.round <= self.search_rounds
 
-# %% ../../nbs/engine/11_task.ipynb #616ceb3d
+# %% ../../nbs/engine/11_task.ipynb #a04e15bc
 @patch
 def learn(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None:
     "Tell the search what has arrived, and keep the arms of this round."
@@ -70,7 +70,7 @@ def tell(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None
     if losses.dim() == 1: self.search.update(arms, losses / self.scale)
     else: self.search.update_all(losses / self.scale[:, None])
 
-# %% ../../nbs/engine/11_task.ipynb #c3839901
+# %% ../../nbs/engine/11_task.ipynb #bb74bef0
 @patch
 def settle(self: TaskInProgress) -> None:
     "End the search for the branch: from now on its arms are kept."
@@ -78,7 +78,8 @@ def settle(self: TaskInProgress) -> None:
     self.arms = self.search.best()
 
 
-@patch(as_prop=True)
+@patch
+@property
 def found(self: TaskInProgress) -> dict | None:
     "What the search for the branch has found: the branch, each earlier task's mean loss and rounds; None without one."
     if self.search is None or self.search_rounds == 0 or self.arms is None: return None
