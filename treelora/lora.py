@@ -26,7 +26,7 @@ def patch(method) -> None:
 # %% ../nbs/core/02_lora.ipynb #0c1e67d7
 PART_SLOTS = {"q": 0, "k": 1, "v": 2}  # the order of timm's and most ViTs' fused qkv projection
 
-
+# %% ../nbs/core/02_lora.ipynb #dd614992
 def _slots(
     parts: Sequence[str] | None,  # names out of "q", "k", "v", or None for the whole output
     out_features: int,
@@ -98,12 +98,13 @@ def spread(
               for s in range(self.n_slices)]
     return torch.cat(pieces, dim=-1)
 
-# %% ../nbs/core/02_lora.ipynb #acffc026
+# %% ../nbs/core/02_lora.ipynb #964ce1eb
 @patch
 def forward(self: LoRALinear, x):
     h = self.base(x)
     return h + self.spread(self.delta(x)) if self.active else h
 
+# %% ../nbs/core/02_lora.ipynb #e890d7d6
 @patch
 def extra_repr(self: LoRALinear) -> str:
     return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
@@ -114,7 +115,7 @@ def _block_number(name: str) -> int | None:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
 
-
+# %% ../nbs/core/02_lora.ipynb #d2308643
 def _targets(model: nn.Module, target: str | Sequence[str], blocks: Iterable[int] | None) -> list[str]:
     "Names of the linear layers that `add_lora` replaces, in the model's order."
     ends = (target,) if isinstance(target, str) else tuple(target)
@@ -200,7 +201,7 @@ def adapters_off(
 # %% ../nbs/core/02_lora.ipynb #d04bc9bd
 Pair = tuple[torch.Tensor, torch.Tensor]  # A and B of one layer
 
-
+# %% ../nbs/core/02_lora.ipynb #cb42cf07
 @contextmanager
 def row_adapters(
     model: nn.Module,  # with LoRA layers of ours or of PEFT
