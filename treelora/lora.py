@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/core/02_lora.ipynb #cbf8ebf9
+# %% ../nbs/core/02_lora.ipynb #450d9af7
 def patch(method) -> None:
     "Make a function a method of the class that its parameter `self` is annotated with."
     cls = method.__annotations__["self"]
@@ -26,7 +26,7 @@ def patch(method) -> None:
 # %% ../nbs/core/02_lora.ipynb #0c1e67d7
 PART_SLOTS = {"q": 0, "k": 1, "v": 2}  # the order of timm's and most ViTs' fused qkv projection
 
-# %% ../nbs/core/02_lora.ipynb #dd614992
+# %% ../nbs/core/02_lora.ipynb #441f21b0
 def _slots(
     parts: Sequence[str] | None,  # names out of "q", "k", "v", or None for the whole output
     out_features: int,
@@ -40,7 +40,7 @@ def _slots(
         raise ValueError(f"parts={parts!r} needs a fused qkv layer, but its {out_features} outputs do not divide by 3.")
     return [PART_SLOTS[p] for p in parts], 3
 
-# %% ../nbs/core/02_lora.ipynb #550a2d88
+# %% ../nbs/core/02_lora.ipynb #14814a87
 def _check_layer(base: nn.Module, r: int) -> None:
     "Raise ValueError for what cannot be adapted."
     if not isinstance(base, nn.Linear):
@@ -68,14 +68,14 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(n, width, r, **like))
         self.reset()
 
-# %% ../nbs/core/02_lora.ipynb #35f55f71
+# %% ../nbs/core/02_lora.ipynb #33b39845
 @patch
 def reset(self: LoRALinear) -> None:
     "Start afresh: A uniform as in PEFT, B zero, so that the layer equals its base."
     nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
     nn.init.zeros_(self.lora_B)
 
-# %% ../nbs/core/02_lora.ipynb #62e12a76
+# %% ../nbs/core/02_lora.ipynb #461a3517
 @patch
 def delta(
     self: LoRALinear,
@@ -85,7 +85,7 @@ def delta(
     low = F.linear(x, self.lora_A).unflatten(-1, (len(self.slots), self.r))
     return torch.einsum("...pr,por->...po", low, self.lora_B) * self.scale
 
-# %% ../nbs/core/02_lora.ipynb #e7bb6f60
+# %% ../nbs/core/02_lora.ipynb #c0e54b5c
 @patch
 def spread(
     self: LoRALinear,
@@ -98,15 +98,17 @@ def spread(
               for s in range(self.n_slices)]
     return torch.cat(pieces, dim=-1)
 
-# %% ../nbs/core/02_lora.ipynb #964ce1eb
+# %% ../nbs/core/02_lora.ipynb #2749827e
 @patch
 def forward(self: LoRALinear, x):
+    "The base layer's output plus the correction."
     h = self.base(x)
     return h + self.spread(self.delta(x)) if self.active else h
 
-# %% ../nbs/core/02_lora.ipynb #e890d7d6
+# %% ../nbs/core/02_lora.ipynb #502ff681
 @patch
 def extra_repr(self: LoRALinear) -> str:
+    "What a printed model shows of the layer."
     return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
 
 # %% ../nbs/core/02_lora.ipynb #628c09dc
@@ -115,7 +117,7 @@ def _block_number(name: str) -> int | None:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
 
-# %% ../nbs/core/02_lora.ipynb #d2308643
+# %% ../nbs/core/02_lora.ipynb #6a61deb9
 def _targets(model: nn.Module, target: str | Sequence[str], blocks: Iterable[int] | None) -> list[str]:
     "Names of the linear layers that `add_lora` replaces, in the model's order."
     ends = (target,) if isinstance(target, str) else tuple(target)
@@ -160,7 +162,7 @@ class LoRALayer:
         "D of this layer: how many numbers its adapter has."
         return self.A.numel() + self.B.numel()
 
-# %% ../nbs/core/02_lora.ipynb #cb163e30
+# %% ../nbs/core/02_lora.ipynb #311a14d2
 def _pair(module: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter] | None:
     "The (A, B) of a module, if it is a LoRA layer of ours or of PEFT with that adapter."
     if isinstance(module, LoRALinear): return module.lora_A, module.lora_B
@@ -201,7 +203,7 @@ def adapters_off(
 # %% ../nbs/core/02_lora.ipynb #d04bc9bd
 Pair = tuple[torch.Tensor, torch.Tensor]  # A and B of one layer
 
-# %% ../nbs/core/02_lora.ipynb #cb42cf07
+# %% ../nbs/core/02_lora.ipynb #ee193afb
 @contextmanager
 def row_adapters(
     model: nn.Module,  # with LoRA layers of ours or of PEFT
@@ -219,14 +221,14 @@ def row_adapters(
         finally:
             for hook in hooks: hook.remove()
 
-# %% ../nbs/core/02_lora.ipynb #296b2e8b
+# %% ../nbs/core/02_lora.ipynb #72b28fc1
 def _scale(module: nn.Module, adapter: str) -> float:
     "By what a layer multiplies its correction."
     if isinstance(module, LoRALinear): return module.scale
     if adapter in getattr(module, "lora_A", {}) and isinstance(module.lora_A[adapter], nn.Linear): return module.scaling[adapter]
     raise ValueError(f"Adapters by row need linear LoRA layers, but one is a {type(module).__name__}; run the model once a task instead.")
 
-# %% ../nbs/core/02_lora.ipynb #d2d09863
+# %% ../nbs/core/02_lora.ipynb #4a100120
 def _add_by_row(module: nn.Module, args: tuple, output: torch.Tensor, scale: float, A: torch.Tensor, B: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     "A layer's output, plus each row's own correction."
     x, (A, B) = args[0], (M[which].to(args[0].dtype) for M in (A, B))
