@@ -26,7 +26,7 @@ class Layout:
         self.sizes = [layer.size for layer in layers]
         self.n_layers, self.width = len(layers), max(self.sizes)
 
-# %% ../nbs/core/03_signature.ipynb #ff8a750c
+# %% ../nbs/core/03_signature.ipynb #33383c1f
 @patch
 def views(
     self: Layout,
@@ -36,7 +36,7 @@ def views(
     return [view for row, (a, b), size in zip(matrix, self.shapes, self.sizes)
             for view in _split(row[:size], a, b)]
 
-# %% ../nbs/core/03_signature.ipynb #50996864
+# %% ../nbs/core/03_signature.ipynb #0295d470
 def _split(row: torch.Tensor, a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     "One row as A and B."
     n = torch.Size(a).numel()
@@ -53,27 +53,27 @@ class Rows:
         self.matrix = torch.zeros(layout.n_layers, layout.width, device=device)
         self.views = layout.views(self.matrix)
 
-# %% ../nbs/core/03_signature.ipynb #c4e36ee9
+# %% ../nbs/core/03_signature.ipynb #62b98d8e
 @patch
 def load_(self: Rows, tensors: Sequence[torch.Tensor]) -> Rows:
     "Copy parameters or gradients in."
     torch._foreach_copy_(self.views, list(tensors))
     return self
 
-# %% ../nbs/core/03_signature.ipynb #84e1f5ef
+# %% ../nbs/core/03_signature.ipynb #192eecf5
 @patch
 def add_(self: Rows, tensors: Sequence[torch.Tensor]) -> Rows:
     "Add parameters or gradients."
     torch._foreach_add_(self.views, list(tensors))
     return self
 
-# %% ../nbs/core/03_signature.ipynb #3025e692
+# %% ../nbs/core/03_signature.ipynb #f36f7137
 @patch
 def store_to(self: Rows, tensors: Sequence[torch.Tensor]) -> None:
     "Copy out into parameters."
     torch._foreach_copy_(list(tensors), self.views)
 
-# %% ../nbs/core/03_signature.ipynb #e0de2c80
+# %% ../nbs/core/03_signature.ipynb #1a93625d
 @patch
 def add_to(self: Rows, tensors: Sequence[torch.Tensor], scale: float = 1.0) -> None:
     "Add `scale` times this matrix to parameters or gradients."
@@ -94,12 +94,12 @@ class Signature:
         "Sums of what was observed; they take no memory before the first round."
         return Rows(self.layout, self.device)
 
-# %% ../nbs/core/03_signature.ipynb #1111b532
+# %% ../nbs/core/03_signature.ipynb #59afce18
 @patch
 def begin(self: Signature, params: Sequence[torch.Tensor]) -> None:
     "Called once, when the task starts, with the adapter as it is then."
 
-# %% ../nbs/core/03_signature.ipynb #7a262095
+# %% ../nbs/core/03_signature.ipynb #3212a77a
 @patch
 def observe(
     self: Signature, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor],
@@ -108,13 +108,13 @@ def observe(
     "Take in one round; `recent` says whether the last epoch has begun."
     raise TypeError(f"{type(self).__name__} must define observe.")
 
-# %% ../nbs/core/03_signature.ipynb #75a2c14f
+# %% ../nbs/core/03_signature.ipynb #4912c2c4
 @patch
 def value(self: Signature) -> torch.Tensor:  # (L, D)
     "The signature so far; zeros before the first round."
     return self.total.matrix / max(self.count, 1)
 
-# %% ../nbs/core/03_signature.ipynb #06b306dc
+# %% ../nbs/core/03_signature.ipynb #5a8d26aa
 @patch
 def distance(
     self: Signature,
@@ -134,7 +134,7 @@ class GradSignature(Signature):
         self.total.add_(grads)
         self.count += 1
 
-# %% ../nbs/core/03_signature.ipynb #3cf2c763
+# %% ../nbs/core/03_signature.ipynb #89ae0402
 class UpdateSignature(Signature):
     "`update`: how far the adapter has moved since the task began."
     def begin(self, params): self.start = [p.detach().clone() for p in params]
@@ -143,7 +143,7 @@ class UpdateSignature(Signature):
         torch._foreach_sub_(self.total.load_(params).views, self.start)
         self.count = 1
 
-# %% ../nbs/core/03_signature.ipynb #3bf24397
+# %% ../nbs/core/03_signature.ipynb #5bd4cd16
 class WeightSignature(Signature):
     "`weight`: running mean of the A matrices over the last epoch."
     def __init__(self, layout, device="cpu"):
@@ -160,7 +160,7 @@ class WeightSignature(Signature):
 # %% ../nbs/core/03_signature.ipynb #053933ec
 SIGNATURES = {"grad": GradSignature, "update": UpdateSignature, "weight": WeightSignature}
 
-# %% ../nbs/core/03_signature.ipynb #46c5c845
+# %% ../nbs/core/03_signature.ipynb #d4d62d2a
 def get_signature(
     name: str,  # "grad", "update" or "weight"
 ) -> type[Signature]:
@@ -168,7 +168,7 @@ def get_signature(
     if name not in SIGNATURES: raise ValueError(f"Unknown signature {name!r}; known are {', '.join(SIGNATURES)}.")
     return SIGNATURES[name]
 
-# %% ../nbs/core/03_signature.ipynb #cdfeed4f
+# %% ../nbs/core/03_signature.ipynb #da062580
 @patch
 def pairs(
     self: Layout,
@@ -179,7 +179,7 @@ def pairs(
     return [tuple(part.reshape(K, *shape) for part, shape in zip(adapters[:, l, :size].split([math.prod(a), math.prod(b)], dim=1), (a, b)))
             for l, ((a, b), size) in enumerate(zip(self.shapes, self.sizes))]
 
-# %% ../nbs/core/03_signature.ipynb #a7a10648
+# %% ../nbs/core/03_signature.ipynb #0b98e68b
 @patch
 def a_mask(self: Layout) -> torch.Tensor:  # (L, D) of bool
     "True where a number belongs to an A."
@@ -187,7 +187,7 @@ def a_mask(self: Layout) -> torch.Tensor:  # (L, D) of bool
     for view in rows.views[::2]: view.fill_(1)
     return rows.matrix.bool()
 
-# %% ../nbs/core/03_signature.ipynb #acf51955
+# %% ../nbs/core/03_signature.ipynb #d4cc5475
 @patch
 def describe(self: Layout) -> list[dict]:  # name and shapes of each layer, for a file
     "What identifies the model that an adapter fits."
@@ -202,7 +202,7 @@ class Group:
     scratch: torch.Tensor  # (layers, D)
     views: list[torch.Tensor]  # of the scratch, shaped as the parameters
 
-# %% ../nbs/core/03_signature.ipynb #fb3c04ef
+# %% ../nbs/core/03_signature.ipynb #3069ba3d
 def groups(
     layout: Layout,  # of the adapters
     device: torch.device | str = "cpu",
