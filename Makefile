@@ -95,9 +95,10 @@ docs: docs-check  ## build the site into _docs; needs Quarto
 	@command -v quarto >/dev/null || { echo "The site needs Quarto (quarto.org); without it, make docs-check checks what can be checked."; exit 1; }
 	$(BIN)/nbdev_docs
 
-docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outputs and sizes, without Quarto
+docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outputs, sizes and reading time, without Quarto
 	$(BIN)/python .ci/docs_check.py
 	$(BIN)/python .ci/colab.py --check
+	$(BIN)/python .ci/reading_time.py
 
 bench: .venv/ready  ## measure the step and the search on this machine
 	$(BIN)/treelora bench --out results/bench/bench.json

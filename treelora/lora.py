@@ -16,10 +16,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+# %% ../nbs/core/02_lora.ipynb #450d9af7
+def patch(method) -> None:
+    "Make a function a method of the class that its parameter `self` is annotated with."
+    cls = method.__annotations__["self"]
+    method.__qualname__ = f"{cls.__name__}.{method.__name__}"
+    setattr(cls, method.__name__, method)
+
 # %% ../nbs/core/02_lora.ipynb #0c1e67d7
 PART_SLOTS = {"q": 0, "k": 1, "v": 2}  # the order of timm's and most ViTs' fused qkv projection
 
-
+# %% ../nbs/core/02_lora.ipynb #441f21b0
 def _slots(
     parts: Sequence[str] | None,  # names out of "q", "k", "v", or None for the whole output
     out_features: int,
@@ -33,58 +40,76 @@ def _slots(
         raise ValueError(f"parts={parts!r} needs a fused qkv layer, but its {out_features} outputs do not divide by 3.")
     return [PART_SLOTS[p] for p in parts], 3
 
+# %% ../nbs/core/02_lora.ipynb #14814a87
+def _check_layer(base: nn.Module, r: int) -> None:
+    "Raise ValueError for what cannot be adapted."
+    if not isinstance(base, nn.Linear):
+        raise ValueError(f"LoRALinear adapts an nn.Linear, not a {type(base).__name__}; pass the linear layer itself.")
+    if r < 1: raise ValueError(f"The rank r must be at least 1, got {r}.")
+
 # %% ../nbs/core/02_lora.ipynb #c90022f4
 class LoRALinear(nn.Module):
-    "A frozen linear layer plus a trainable low-rank correction of all of its output or of some parts (Hu et al., 2022)."
-
+    "A frozen linear layer plus a trainable low-rank correction (Hu et al., 2022)."
     def __init__(
         self,
         base: nn.Linear,  # the layer to adapt; its weights are frozen
         r: int,  # rank of the correction
         alpha: float,  # the correction is scaled by alpha / r
-        parts: Sequence[str] | None = None,  # e.g. ("k", "v") of a fused qkv projection; None adapts the whole output
+        parts: Sequence[str] | None = None,  # of a fused qkv, e.g. ("k", "v"); None: all
     ):
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"LoRALinear adapts an nn.Linear, not a {type(base).__name__}; pass the linear layer itself.")
-        if r < 1: raise ValueError(f"The rank r must be at least 1, got {r}.")
-        self.base, self.r, self.scale, self.parts = base.requires_grad_(False), r, alpha / r, parts
-        self.active = True  # `adapters_off` switches the correction off
+        _check_layer(base, r)
+        self.base, self.r, self.scale = base.requires_grad_(False), r, alpha / r
+        self.parts, self.active = parts, True  # `adapters_off` switches the correction off
         self.slots, self.n_slices = _slots(parts, base.out_features)
+        n, width = len(self.slots), base.out_features // self.n_slices
         like = dict(device=base.weight.device, dtype=base.weight.dtype)
-        self.lora_A = nn.Parameter(torch.empty(len(self.slots) * r, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(len(self.slots), base.out_features // self.n_slices, r, **like))
+        self.lora_A = nn.Parameter(torch.empty(n * r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(n, width, r, **like))
         self.reset()
 
-    def reset(self) -> None:
-        "Start afresh: A uniform as in PEFT, B zero, so that the layer equals its base."
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+# %% ../nbs/core/02_lora.ipynb #33b39845
+@patch
+def reset(self: LoRALinear) -> None:
+    "Start afresh: A uniform as in PEFT, B zero, so that the layer equals its base."
+    nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+    nn.init.zeros_(self.lora_B)
 
-    def delta(
-        self,
-        x: torch.Tensor,  # (..., in_features)
-    ) -> torch.Tensor:  # (..., parts, slice width): the correction of each adapted part
-        "The low-rank correction alone."
-        low = F.linear(x, self.lora_A).unflatten(-1, (len(self.slots), self.r))
-        return torch.einsum("...pr,por->...po", low, self.lora_B) * self.scale
+# %% ../nbs/core/02_lora.ipynb #461a3517
+@patch
+def delta(
+    self: LoRALinear,
+    x: torch.Tensor,  # (..., in_features)
+) -> torch.Tensor:  # (..., parts, slice width): the correction of each adapted part
+    "The low-rank correction alone."
+    low = F.linear(x, self.lora_A).unflatten(-1, (len(self.slots), self.r))
+    return torch.einsum("...pr,por->...po", low, self.lora_B) * self.scale
 
-    def forward(self, x):
-        h = self.base(x)
-        return h + self.spread(self.delta(x)) if self.active else h
+# %% ../nbs/core/02_lora.ipynb #c0e54b5c
+@patch
+def spread(
+    self: LoRALinear,
+    delta: torch.Tensor,  # (..., parts, slice width)
+) -> torch.Tensor:  # (..., out_features), zero where no part is adapted
+    "Put the parts' corrections in their places."
+    if self.n_slices == 1: return delta.squeeze(-2)
+    zero = torch.zeros_like(delta[..., 0, :])
+    pieces = [delta[..., self.slots.index(s), :] if s in self.slots else zero
+              for s in range(self.n_slices)]
+    return torch.cat(pieces, dim=-1)
 
-    def spread(
-        self,
-        delta: torch.Tensor,  # (..., parts, slice width)
-    ) -> torch.Tensor:  # (..., out_features), zero where no part is adapted
-        "Put the parts' corrections in their places."
-        if self.n_slices == 1: return delta.squeeze(-2)
-        zero = torch.zeros_like(delta[..., 0, :])
-        pieces = [delta[..., self.slots.index(s), :] if s in self.slots else zero for s in range(self.n_slices)]
-        return torch.cat(pieces, dim=-1)
+# %% ../nbs/core/02_lora.ipynb #2749827e
+@patch
+def forward(self: LoRALinear, x):
+    "The base layer's output plus the correction."
+    h = self.base(x)
+    return h + self.spread(self.delta(x)) if self.active else h
 
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
+# %% ../nbs/core/02_lora.ipynb #502ff681
+@patch
+def extra_repr(self: LoRALinear) -> str:
+    "What a printed model shows of the layer."
+    return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
 
 # %% ../nbs/core/02_lora.ipynb #628c09dc
 def _block_number(name: str) -> int | None:
@@ -92,7 +117,7 @@ def _block_number(name: str) -> int | None:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
 
-
+# %% ../nbs/core/02_lora.ipynb #6a61deb9
 def _targets(model: nn.Module, target: str | Sequence[str], blocks: Iterable[int] | None) -> list[str]:
     "Names of the linear layers that `add_lora` replaces, in the model's order."
     ends = (target,) if isinstance(target, str) else tuple(target)
@@ -104,7 +129,7 @@ def _targets(model: nn.Module, target: str | Sequence[str], blocks: Iterable[int
 # %% ../nbs/core/02_lora.ipynb #5dcb7f22
 def add_lora(
     model: nn.Module,  # changed in place
-    target: str | Sequence[str],  # end of the layers' names, e.g. "attn.qkv" or ["q_proj", "v_proj"]
+    target: str | Sequence[str],  # end of names: "attn.qkv", or ["q_proj", "v_proj"]
     r: int,  # rank
     alpha: float,  # scale: the correction is multiplied by alpha / r
     blocks: Iterable[int] | None = None,  # numbers of the blocks to adapt; None adapts all
@@ -114,8 +139,9 @@ def add_lora(
     names = _targets(model, target, blocks)
     if not names:
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise ValueError(f"No linear layer named {target!r} in blocks {blocks}; the model has {linear[:8]}.")
-    adapted = {name: LoRALinear(model.get_submodule(name), r, alpha, parts) for name in names}
+        raise ValueError(f"No linear layer named {target!r} in blocks {blocks}; "
+                         f"the model has {linear[:8]}.")
+    adapted = {n: LoRALinear(model.get_submodule(n), r, alpha, parts) for n in names}
     model.requires_grad_(False)
     for name, layer in adapted.items():
         parent, _, child = name.rpartition(".")
@@ -136,7 +162,7 @@ class LoRALayer:
         "D of this layer: how many numbers its adapter has."
         return self.A.numel() + self.B.numel()
 
-
+# %% ../nbs/core/02_lora.ipynb #311a14d2
 def _pair(module: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter] | None:
     "The (A, B) of a module, if it is a LoRA layer of ours or of PEFT with that adapter."
     if isinstance(module, LoRALinear): return module.lora_A, module.lora_B
@@ -177,7 +203,7 @@ def adapters_off(
 # %% ../nbs/core/02_lora.ipynb #d04bc9bd
 Pair = tuple[torch.Tensor, torch.Tensor]  # A and B of one layer
 
-
+# %% ../nbs/core/02_lora.ipynb #ee193afb
 @contextmanager
 def row_adapters(
     model: nn.Module,  # with LoRA layers of ours or of PEFT
@@ -195,14 +221,14 @@ def row_adapters(
         finally:
             for hook in hooks: hook.remove()
 
-
+# %% ../nbs/core/02_lora.ipynb #72b28fc1
 def _scale(module: nn.Module, adapter: str) -> float:
     "By what a layer multiplies its correction."
     if isinstance(module, LoRALinear): return module.scale
     if adapter in getattr(module, "lora_A", {}) and isinstance(module.lora_A[adapter], nn.Linear): return module.scaling[adapter]
     raise ValueError(f"Adapters by row need linear LoRA layers, but one is a {type(module).__name__}; run the model once a task instead.")
 
-
+# %% ../nbs/core/02_lora.ipynb #4a100120
 def _add_by_row(module: nn.Module, args: tuple, output: torch.Tensor, scale: float, A: torch.Tensor, B: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     "A layer's output, plus each row's own correction."
     x, (A, B) = args[0], (M[which].to(args[0].dtype) for M in (A, B))

@@ -17,7 +17,7 @@ def l1_gradient(
     branch: torch.Tensor,  # (L, D): row l is the chosen task's adapter in layer l
     out: torch.Tensor | None = None,  # (L, D) scratch, to spare an allocation
 ) -> torch.Tensor:  # (L, D)
-    "Subgradient of the L1 distance to the branch (Eq. 3, with adapters in place of gradients)."
+    "Subgradient of the L1 distance to the branch (Eq. 3, adapters in place of gradients)."
     return torch.sub(theta, branch, out=out).sign_()
 
 # %% ../nbs/core/06_pull.ipynb #1380d998
@@ -36,7 +36,7 @@ def prox_(
     branch: torch.Tensor,  # (L, D): the chosen tasks' adapters
     threshold: float,  # learning rate times lambda
 ) -> torch.Tensor:  # (L, D)
-    "Soft-threshold the difference to the branch; where it vanishes, the result equals the branch exactly."
+    "Soft-threshold the difference to the branch; where it vanishes, the result is the branch."
     return F.softshrink(theta - branch, threshold).add_(branch)
 
 # %% ../nbs/core/06_pull.ipynb #753c3546
@@ -53,8 +53,10 @@ def keep_top_(
     grads: Sequence[torch.Tensor],  # gradients of the adapters, changed in place
     fraction: float,  # in (0, 1]: the share of entries to keep
 ) -> None:
-    "S of Eq. 3: set all but the largest entries to zero. Raises ValueError for a fraction outside (0, 1]."
-    if not 0 < fraction <= 1: raise ValueError(f"The fraction of entries to keep must be in (0, 1], got {fraction}.")
+    "S of Eq. 3: zero all but the largest entries. Raises ValueError for a bad fraction."
+    if not 0 < fraction <= 1:
+        raise ValueError("The fraction of entries to keep must be in (0, 1], "
+                         f"got {fraction}.")
     sizes = torch.cat([g.flatten() for g in grads]).abs_()
     drop = sizes.numel() - max(1, round(fraction * sizes.numel()))
     if drop == 0: return
