@@ -16,12 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/core/02_lora.ipynb #450d9af7
-def patch(method) -> None:
-    "Make a function a method of the class that its parameter `self` is annotated with."
-    cls = method.__annotations__["self"]
-    method.__qualname__ = f"{cls.__name__}.{method.__name__}"
-    setattr(cls, method.__name__, method)
+from .patch import patch
 
 # %% ../nbs/core/02_lora.ipynb #0c1e67d7
 PART_SLOTS = {"q": 0, "k": 1, "v": 2}  # the order of timm's and most ViTs' fused qkv projection

@@ -14,7 +14,8 @@ from functools import cached_property
 
 import torch
 
-from .lora import LoRALayer, patch
+from .lora import LoRALayer
+from .patch import patch
 
 # %% ../nbs/core/03_signature.ipynb #6b1ecef7
 class Layout:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TreeLoRA', 'VARIANTS']
 
-# %% ../../nbs/engine/18_afterwards.ipynb #f84d7443
+# %% ../../nbs/engine/18_afterwards.ipynb #e6edcf05
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ..patch import patch
 from torch import nn
 
 from .conductor import TreeLoRA
@@ -18,13 +19,12 @@ from ..engine.options import VARIANTS
 from ..engine.signals import loss_now
 from ..engine.store import Store
 from ..lora import lora_layers
-from ..patch import patch
 from ..signature import Layout
 
-# %% ../../nbs/engine/18_afterwards.ipynb #916deb8e
+# %% ../../nbs/engine/18_afterwards.ipynb #00489c74
 _all_ = ["TreeLoRA", "VARIANTS"]
 
-# %% ../../nbs/engine/18_afterwards.ipynb #ed93b0e4
+# %% ../../nbs/engine/18_afterwards.ipynb #12d52701
 @patch
 def load_adapter(self: TreeLoRA, name: str) -> None:
     "Put a learned task's adapter into the model. Raises ValueError for an unknown task, or while a task trains."
@@ -43,7 +43,7 @@ def record_features(
     groups = [None] * len(features) if labels is None else [int(y) for y in labels]
     now.stats.update(features, [(now.name, g) for g in groups])
 
-# %% ../../nbs/engine/18_afterwards.ipynb #564428a6
+# %% ../../nbs/engine/18_afterwards.ipynb #7268341c
 @patch
 def route(self: TreeLoRA, features: torch.Tensor, beam: int = 8) -> torch.Tensor:  # (n, F) -> (n,)
     "Which task each input belongs to, in the order of `tl.bank.names`. Raises ValueError when a task has no features."
@@ -115,7 +115,7 @@ def _restore(self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor]) -> N
     "Take the state that was read."
     self.tree, self.initial = self.store.unpack(plain, tensors)
 
-# %% ../../nbs/engine/18_afterwards.ipynb #5fa304bb
+# %% ../../nbs/engine/18_afterwards.ipynb #230bb623
 @patch
 def state(self: TreeLoRA) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "Everything, the running task included, between two steps or two tasks; optimiser and data are the loop's own."

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from ..patch import patch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -25,12 +26,11 @@ from ..engine.signals import SIGNALS
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
 from ..lora import lora_layers
-from ..patch import patch
 from ..signature import Layout, get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
 
-# %% ../../nbs/core/07_algorithm.ipynb #615fd000
+# %% ../../nbs/core/07_algorithm.ipynb #f6f32fff
 class TreeLoRA:
     "Continual learning with a tree of earlier tasks, for any model with LoRA layers (Algorithm 1)."
 
@@ -70,7 +70,7 @@ def variant(
     "A named set of arguments: the paper's text, the authors' code, or this project's own form."
     return cls(model, **(VARIANTS[one_of("variant", name, list(VARIANTS))] | changes))
 
-# %% ../../nbs/core/07_algorithm.ipynb #2b7e10ca
+# %% ../../nbs/core/07_algorithm.ipynb #c2237b64
 @patch
 def task(
     self: TreeLoRA,
@@ -86,7 +86,7 @@ def task(
     if self._paused is not None: self._paused.check(name)
     return self._task(name, rounds, epoch)
 
-# %% ../../nbs/core/07_algorithm.ipynb #334fc2ab
+# %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
 @patch
 @contextmanager
 def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator[TreeLoRA]:
@@ -107,7 +107,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
         self._now = None
         if hook: hook.remove()
 
-# %% ../../nbs/core/07_algorithm.ipynb #28c2c6d6
+# %% ../../nbs/core/07_algorithm.ipynb #40235ab4
 @patch
 def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> TaskInProgress:
     "Start a task: its adapter's start, its search, its empty signature."
@@ -121,7 +121,7 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     late = self.live.device.type == "cuda"
     return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late))
 
-# %% ../../nbs/core/07_algorithm.ipynb #1eb58ac2
+# %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
 @patch
 def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     "Store the task's signature and adapter, and insert it into the tree."
@@ -145,17 +145,20 @@ def _tree_rows(self: TreeLoRA, signature: torch.Tensor) -> list[torch.Tensor]:
     rows = [row[:size] for row, size in zip(signature, self.layout.sizes)]
     return rows if self.options.root == "input" else rows[::-1]
 
-# %% ../../nbs/core/07_algorithm.ipynb #9721073b
+# %% ../../nbs/core/07_algorithm.ipynb #8565b6bb
 @patch
 @torch.no_grad()
 def step(
     self: TreeLoRA,
-    loss: Callable[[], torch.Tensor] | torch.Tensor | float | None = None,  # a function that computes the current batch's loss, for the signals "fresh" and "loss"; the loss itself for "dot"
+    loss: Callable[[], torch.Tensor] | torch.Tensor | float | None = None,
+    # a function that computes the current batch's loss, for the signals "fresh" and "loss";
+    # the loss itself for "dot"
 ) -> None:
-    """One round, between `backward` and the optimiser's step: choose branches, update the bandit, add the penalty.
+    """One round, between `backward` and the optimiser's step: choose branches, update the
+    bandit, add the penalty.
 
-    Raises ValueError outside a task, before `backward`, and for NaN or infinite gradients (on a GPU, one round later); then
-    nothing is recorded."""
+    Raises ValueError outside a task, before `backward`, and for NaN or infinite gradients
+    (on a GPU, one round later); then nothing is recorded."""
     now = self._open()
     grads = self._grads()
     norms = self._norms(now, grads)
@@ -164,13 +167,13 @@ def step(
     if seen: now.learn(*seen)
     if now.searching: self._hold(now, grads)
     elif now.search is not None:
-        if self.options.top_fraction is not None: keep_top_(grads, self.options.top_fraction)
+        if (share := self.options.top_fraction) is not None: keep_top_(grads, share)
         self.pull.before_step(now, grads, loss, norms)
 
-# %% ../../nbs/core/07_algorithm.ipynb #a1dc4a8b
+# %% ../../nbs/core/07_algorithm.ipynb #b43ad657
 @patch
-def _observe(self: TreeLoRA, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, torch.Tensor]:
-    "The arms of this round and what was seen of them; the arms are kept once a branch is found."
+def _observe(self: TreeLoRA, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, ...]:
+    "The arms of this round, and what was seen of them."
     arms = now.search.choose(now.round + 1)
     return arms, self.seen.losses(now, grads, arms, loss)
 
@@ -184,14 +187,15 @@ def _record(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> N
 
 @patch
 def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
-    "A round of the search for the branch: the adapter stays still; after the last one it becomes the branch's."
+    """A round of the search for the branch: the adapter stays still; after the last one it
+    becomes the branch's."""
     if grads: torch._foreach_zero_(grads)
     if now.round < now.search_rounds: return
     now.settle()
     self.live.become(now.arms)
     now.signature.begin(self.params)
 
-# %% ../../nbs/core/07_algorithm.ipynb #2d654918
+# %% ../../nbs/core/07_algorithm.ipynb #7fc5a54b
 @patch
 def _open(self: TreeLoRA) -> TaskInProgress:
     "The task in progress."
@@ -215,7 +219,7 @@ def _norms(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> to
     for sizes, t in now.norms.send(norms, now.round + 1): _finite(self.layout.names, sizes, now.name, t)
     return norms
 
-# %% ../../nbs/core/07_algorithm.ipynb #b09a141d
+# %% ../../nbs/core/07_algorithm.ipynb #012165d1
 def _finite(names: list[str], norms: torch.Tensor, task: str, round: int) -> None:
     "Raise ValueError naming task, round and layers when a gradient (A and B of each layer, in turn) is not finite."
     if np.isfinite(norms.numpy()).all(): return

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['Cache', 'make_cache', 'Mail', 'ModelAdapter', 'bytes_of']
 
-# %% ../../nbs/engine/02_device.ipynb #94aaa489
+# %% ../../nbs/engine/02_device.ipynb #d9038a9a
 import math, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-
 from .bank import Bank
 from ..patch import patch
 from ..signature import Group, Layout, groups
 
-# %% ../../nbs/engine/02_device.ipynb #bcc3c011
+# %% ../../nbs/engine/02_device.ipynb #3ca100c4
 class Cache:
     "Rows of stored adapters on the training device: for each layer by itself those that were used last."
 
@@ -55,7 +54,7 @@ class Cache:
             self.room.index_copy_(0, _to(at[missing], out.device), new)
         return torch.index_select(self.room, 0, _to(at, out.device), out=out)
 
-# %% ../../nbs/engine/02_device.ipynb #7b2b107f
+# %% ../../nbs/engine/02_device.ipynb #f7b0e34d
 def _to(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
     "A few numbers from the host, without waiting for a GPU."
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
@@ -65,7 +64,7 @@ def _free_memory(device: torch.device) -> float:
     "Bytes that are free on a device, where it can tell."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
-# %% ../../nbs/engine/02_device.ipynb #33d38eb1
+# %% ../../nbs/engine/02_device.ipynb #a4841699
 def _free_memory(device: torch.device) -> float:
     "Bytes that are free on a device, where it can tell."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
@@ -85,7 +84,7 @@ def make_cache(
     warnings.warn(f"A cache of {wanted} adapters ({size / 2 ** 20:.0f} MiB) does not fit into the free memory of {device}; going on without one.", stacklevel=2)
     return None
 
-# %% ../../nbs/engine/02_device.ipynb #89884b21
+# %% ../../nbs/engine/02_device.ipynb #b289b8dc
 class Mail:
     "Tensors on their way to the host: at once from a CPU, one call later from a GPU, so that the host never waits."
 
@@ -122,7 +121,7 @@ class Mail:
         event.record()
         return host, event
 
-# %% ../../nbs/engine/02_device.ipynb #2ac6a744
+# %% ../../nbs/engine/02_device.ipynb #96cd0205
 class ModelAdapter:
     "The adapter in the model, and the room on its device where stored ones meet it: reserved once, whatever the number of tasks."
 
@@ -150,7 +149,7 @@ class ModelAdapter:
         if len(self.bank) and self.cache is None: self.cache = make_cache(self.layout, self.cached, self.device)
         if self.cache is not None: self.cache.clear()
 
-# %% ../../nbs/engine/02_device.ipynb #ada11895
+# %% ../../nbs/engine/02_device.ipynb #207a88f6
 @patch
 def values(self: ModelAdapter) -> list[torch.Tensor]:
     "The adapters' parameters, without their graph."
