@@ -23,12 +23,12 @@ def draw_answers(
     drawn = torch.multinomial(logits.detach().softmax(2).flatten(0, 1), 1, generator=generator).view_as(labels)
     return torch.where(labels == IGNORED, labels, drawn)
 
-
+# %% ../../nbs/methods/06_regularisation.ipynb #f38940ab
 def fisher(
     method: GroupGradients,
     examples: list,
     seed: int = 0,  # of the drawn answers
-    chunk: int = 20,  # examples a pass
+    chunk: int = 20,  # examples per pass
 ) -> torch.Tensor:  # (P,)
     "The diagonal of the Fisher information: the mean square of single examples' gradients of log p (Kirkpatrick et al. 2017)."
     device = method.trained[0].device
@@ -96,7 +96,7 @@ class WithSprings:
 
     def stored(self): return super().stored() | {"Fisher information": self.springs.stored()}
 
-
+# %% ../../nbs/methods/06_regularisation.ipynb #63f6cf8f
 @register
 class EWC(WithSprings, ImageGradients, AdapterMethod):
     "Each weight is held at its old values by springs as stiff as its Fisher information."

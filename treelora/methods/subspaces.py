@@ -58,6 +58,11 @@ class Frozen:
         "Sum over earlier tasks of |A_i A_t^T|, entry by entry (O-LoRA's penalty, as in its authors' code)."
         return (self.A @ self._by_part(A).mT).abs().sum()
 
+# %% ../../nbs/methods/08_subspaces.ipynb #fed3407f
+def _check_rank(name: str, r: int, width: int) -> None:
+    "Raise ValueError when a layer has fewer inputs than an adapter has rows for each part."
+    if r > width: raise ValueError(f"Rank r={r} is larger than the {width} inputs of {name}, which have no more directions; choose a smaller r.")
+
 # %% ../../nbs/methods/08_subspaces.ipynb #05ac13aa
 class Orthogonal:
     "O-LoRA's hooks for any method, of vision or language, whose model has LoRA layers."
@@ -91,12 +96,7 @@ class Orthogonal:
 
     def stored(self): return super().stored() | {"adapters": tensor_bytes(x for path in self.paths for x in (path.A, path.B))}
 
-
-def _check_rank(name: str, r: int, width: int) -> None:
-    "Raise ValueError when a layer has fewer inputs than an adapter has rows for each part."
-    if r > width: raise ValueError(f"Rank r={r} is larger than the {width} inputs of {name}, which have no more directions; choose a smaller r.")
-
-
+# %% ../../nbs/methods/08_subspaces.ipynb #e9373ed6
 @register
 class OLoRAText(Orthogonal, LanguageAdapterMethod):
     "A new adapter for each task, pushed away from the row spaces of the earlier ones; all are summed."
@@ -107,7 +107,7 @@ class OLoRAText(Orthogonal, LanguageAdapterMethod):
         super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers, max_prompt, max_answer)
         self.separate(lam)
 
-
+# %% ../../nbs/methods/08_subspaces.ipynb #82458daf
 @register
 class OLoRA(Orthogonal, AdapterMethod):
     "The same for images, whose loss is over the task's own classes."
@@ -123,7 +123,7 @@ def _complement(basis: torch.Tensor) -> torch.Tensor:  # (d, d - k)
     "An orthonormal basis of what is orthogonal to the k columns of another."
     return torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1]:]
 
-
+# %% ../../nbs/methods/08_subspaces.ipynb #516938be
 class InputSpace:
     "The space of old tasks' inputs to a layer, kept as the smaller of two orthonormal bases: its own, or that of what is left (DualGPM)."
 
@@ -186,7 +186,24 @@ def input_moments(
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../../nbs/methods/08_subspaces.ipynb #588bd02e
+@torch.no_grad()
+def _design(layer: LoRALinear, directions: torch.Tensor) -> None:
+    "A of the first directions, for each part; B zero."
+    rows = torch.zeros(layer.r, layer.base.in_features)
+    first = directions[:, :layer.r].T / math.sqrt(3)
+    rows[:len(first)] = first
+    layer.lora_A.copy_(rows.repeat(len(layer.slots), 1))
+    layer.lora_B.zero_()
 
+
+@torch.no_grad()
+def _merge(layer: LoRALinear) -> None:
+    "Add a layer's correction to its frozen weights and begin anew: the columns of the correction are its answers to unit vectors."
+    layer.base.weight += layer.spread(layer.delta(torch.eye(layer.base.in_features).to(layer.base.weight))).T
+    layer.lora_B.zero_()
+
+# %% ../../nbs/methods/08_subspaces.ipynb #6ef4e215
 @register
 class InfLoRA(AdapterMethod):
     "Train B alone, under an A whose rows old inputs do not reach; then merge both into the weights."
@@ -231,7 +248,7 @@ class InfLoRA(AdapterMethod):
 
     def extra(self): return {"dimensions_used": [space.used for space in self.spaces]}
 
-
+# %% ../../nbs/methods/08_subspaces.ipynb #020f099d
 @register
 class InfLoRAAligned(InfLoRA):
     "InfLoRA with the authors' classifier alignment: after each task the head is retrained on features sampled from all classes' moments."
@@ -241,20 +258,3 @@ class InfLoRAAligned(InfLoRA):
     @torch.no_grad()
     def _observe(self, batches):
         for images, labels in batches: self.parts.adapted.update(features(self.model, images), labels.tolist())
-
-
-@torch.no_grad()
-def _design(layer: LoRALinear, directions: torch.Tensor) -> None:
-    "A of the first directions, for each part; B zero."
-    rows = torch.zeros(layer.r, layer.base.in_features)
-    first = directions[:, :layer.r].T / math.sqrt(3)
-    rows[:len(first)] = first
-    layer.lora_A.copy_(rows.repeat(len(layer.slots), 1))
-    layer.lora_B.zero_()
-
-
-@torch.no_grad()
-def _merge(layer: LoRALinear) -> None:
-    "Add a layer's correction to its frozen weights and begin anew: the columns of the correction are its answers to unit vectors."
-    layer.base.weight += layer.spread(layer.delta(torch.eye(layer.base.in_features).to(layer.base.weight))).T
-    layer.lora_B.zero_()
