@@ -12,7 +12,8 @@ from .base import AdapterMethod, register
 @register
 class SeqLoRA(AdapterMethod):
     "One adapter and one head, trained on one task after the other; nothing else."
-    name, paper, year, stores = "seqlora", "Hu et al., ICLR 2022, task after task", 2022, "nothing"
+    name, paper = "seqlora", "Hu et al., ICLR 2022, task after task"
+    year, stores = 2022, "nothing"
 
 
 @register
@@ -22,23 +23,26 @@ class Joint(AdapterMethod):
 
     def stages(self): return [list(range(len(self.classes)))]
 
-# %% ../../nbs/methods/02_seqlora.ipynb #49afad5a
+# %% ../../nbs/methods/02_seqlora.ipynb #220f0023
 @register
 class SeqLoRAWithinTask(AdapterMethod):
     "SeqLoRA with the loss masked to the task's classes."
-    name, paper, year, stores = "seqlora-wtp", "SeqLoRA + HiDe's within-task prediction", 2023, "nothing"
+    name, paper = "seqlora-wtp", "SeqLoRA + HiDe's within-task prediction"
+    year, stores = 2023, "nothing"
     wtp = True
 
 
 @register
 class SeqLoRAAdaptive(AdapterMethod):
     "SeqLoRA with masked loss and a head retrained on sampled features."
-    name, paper, year, stores = "seqlora-tap", "SeqLoRA + HiDe's within-task and task-adaptive prediction", 2023, "class moments"
+    name, paper = "seqlora-tap", "SeqLoRA + HiDe's within-task and task-adaptive prediction"
+    year, stores = 2023, "class moments"
     wtp = tap = True
 
 
 @register
 class HiDeLoRA(AdapterMethod):
-    "HiDe's decomposition with LoRA: inputs go to the adapter of the task that their un-adapted features point to."
-    name, paper, year, stores = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023, "adapters, class moments"
+    "HiDe's decomposition with LoRA: inputs go to the adapter that plain features name."
+    name, paper = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA"
+    year, stores = 2023, "adapters, class moments"
     wtp = tap = tii = True

@@ -29,12 +29,15 @@ class TrainsWithTree:
 
     def begin_task(self, tasks, name, rounds, epoch):
         if self.tl.signal == "fresh" and n_processes() > 1:
-            raise ValueError('signal="fresh" needs the gradient of the whole batch under another adapter, but each process has a share; use signal="stored" or "loss", or one process.')
+            raise ValueError('signal="fresh" needs the gradient of the whole batch under '
+                             'another adapter, but each process has a share; '
+                             'use signal="stored" or "loss", or one process.')
         super().begin_task(tasks, name, rounds, epoch)
         self.open.enter_context(self.tl.task(name, rounds, epoch))
 
     def after_backward(self, batch, loss):
-        self.tl.step(loss.detach() if self.tl.penalty == "dot" else lambda: self._probed(batch))
+        known = self.tl.penalty == "dot"
+        self.tl.step(loss.detach() if known else lambda: self._probed(batch))
 
     def _probed(self, batch) -> torch.Tensor:
         "The probe's loss: of the whole batch, when several processes have a share each."
@@ -47,40 +50,50 @@ class TrainsWithTree:
 
     def end_task(self, batches):
         self.open.close()
-        self.grown.append({"after": self.tl.bank.names[-1], "newick": self.tl.tree.newick(),
-                           "groups": [[sorted(g) for g in self.tl.tree.groups(d)] for d in range(self.tl.tree.limit + 1)]})
+        tree = self.tl.tree
+        levels = [[sorted(g) for g in tree.groups(d)] for d in range(tree.limit + 1)]
+        grown = {"after": self.tl.bank.names[-1], "newick": tree.newick(), "groups": levels}
+        self.grown.append(grown)
         super().end_task(batches)
 
-# %% ../../nbs/methods/03_treelora.ipynb #ab023453
+# %% ../../nbs/methods/03_treelora.ipynb #111c2e39
 class WithTree(TrainsWithTree):
     "The hooks of any method, of vision or language, that holds a `TreeLoRA`."
 
     def restore(self, state):
         super().restore(state)
-        if running := self.tl.paused: self.open.enter_context(self.tl.task(running["name"], running["rounds"], running["epoch"]))
+        if not (running := self.tl.paused): return
+        again = self.tl.task(running["name"], running["rounds"], running["epoch"])
+        self.open.enter_context(again)
 
     def export(self, folder):
         super().export(folder)
         self.tl.save(folder / "tree")
 
     def abort_task(self):
-        try: self.open.__exit__(InterruptedError, InterruptedError("the task was interrupted"), None)
+        error = InterruptedError("the task was interrupted")
+        try: self.open.__exit__(InterruptedError, error, None)
         except InterruptedError: pass
 
-    def stored(self): return super().stored() | {"adapters": tensor_bytes([self.tl.bank.adapters]), "signatures": tensor_bytes([self.tl.bank.signatures])}
+    def stored(self):
+        bank = self.tl.bank
+        return super().stored() | {"adapters": tensor_bytes([bank.adapters]),
+                                   "signatures": tensor_bytes([bank.signatures])}
 
     def trees(self): return self.grown
 
     def extra(self):
         if not self.tl.last.picks: return {}
         picks = torch.stack([p.expand(self.tl.layout.n_layers) for p in self.tl.last.picks])
-        return {"picks_of_last_task": torch.stack([(picks == k).sum(0) for k in range(len(self.tl.bank) - 1)], dim=1).tolist()}
+        counts = [(picks == k).sum(0) for k in range(len(self.tl.bank) - 1)]
+        return {"picks_of_last_task": torch.stack(counts, dim=1).tolist()}
 
-# %% ../../nbs/methods/03_treelora.ipynb #94810737
+# %% ../../nbs/methods/03_treelora.ipynb #41977585
 @register
 class TreeLoRAPlain(WithTree, AdapterMethod):
     "Algorithm 1 on a shared head, without HiDe's decomposition."
-    name, paper, year, stores = "treelora-plain", "Qian et al., ICML 2025, without decomposition", 2025, "adapters, signatures"
+    name, paper = "treelora-plain", "Qian et al., ICML 2025, without decomposition"
+    year, stores = 2025, "adapters, signatures"
     settings = VARIANTS["paper"] | {"depth": 5}  # App. A.3: depth 5 for ViT
 
     def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first", **changes):
@@ -91,17 +104,18 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
 
     def _adapter_of(self, task): return self.tl.bank.adapter(self.tl.bank.names[task])
 
-# %% ../../nbs/methods/03_treelora.ipynb #22103820
+# %% ../../nbs/methods/03_treelora.ipynb #3f27de41
 @register
 class TreeLoRAPaper(TreeLoRAPlain):
-    "Algorithm 1 on HiDe's decomposition, the paper's set-up for ViT; the latest adapter predicts (App. A.3)."
-    name, paper, stores = "treelora", "Qian et al., ICML 2025", "adapters, signatures, class moments"
+    "Algorithm 1 on HiDe's decomposition, as in the paper; the latest adapter predicts."
+    name, paper = "treelora", "Qian et al., ICML 2025"
+    stores = "adapters, signatures, class moments"
     wtp = tap = True
 
 
 @register
 class TreeLoRAIdentity(TreeLoRAPaper):
-    "The same, with each input sent to the adapter of the task that its un-adapted features point to."
+    "The same, with each input sent to the adapter that its un-adapted features point to."
     name, paper = "treelora-tii", "Qian et al., ICML 2025, with task-identity inference"
     tii = True
 
@@ -110,21 +124,22 @@ def prototype_loss(
     x: torch.Tensor,  # (n, F) features
     labels: torch.Tensor,  # (n,)
 ) -> torch.Tensor:
-    "Leave-one-out cross-entropy of the nearest class mean within a batch; 0 for a batch of one class."
+    "Leave-one-out cross-entropy of the nearest class mean in a batch; 0 for one class."
     classes, y = labels.unique(return_inverse=True)
     member = F.one_hot(y, len(classes)).to(x.dtype)
     x = x / (x - x.mean(0)).norm(dim=1).mean().clamp(min=1e-12)
     sums, counts = member.T @ x, member.sum(0)
     d = (x[:, None] - (sums / counts[:, None])[None]).square().sum(2)
     own = counts[y] / (counts[y] - 1).clamp(min=1)
-    d = torch.where(member.bool(), d * own[:, None].square(), d)  # leaving one out scales its distance by n / (n - 1)
+    # leaving one out scales its distance by n / (n - 1)
+    d = torch.where(member.bool(), d * own[:, None].square(), d)
     return F.cross_entropy(-d, y)
 
-# %% ../../nbs/methods/03_treelora.ipynb #7fe09f5a
+# %% ../../nbs/methods/03_treelora.ipynb #cd633464
 @register
 class TreeLoRABranch(TreeLoRAIdentity):
-    "This project's form: start from the branch, stay near it by prox, route by un-adapted features."
-    name, paper, stores = "treelora-branch", "this project", "adapters, signatures, class moments"
+    "This project's form: start from the branch, stay near it, route by plain features."
+    name, paper, stores = "treelora-branch", "this project", TreeLoRAPaper.stores
     settings = VARIANTS["branch"] | {"depth": 5}
 
     @torch.no_grad()
