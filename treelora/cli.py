@@ -29,8 +29,30 @@ def _options(pairs: Sequence[str]) -> dict:
         except ValueError: options[name] = value
     return options
 
-# %% ../nbs/tutorials/08_command_line.ipynb #8efd86a2
+# %% ../nbs/tutorials/08_command_line.ipynb #95a07c07
+def _checkpoints(args) -> Path | None:
+    "The folder for checkpoints, if any are wanted."
+    if args.checkpoints or not (args.resume or args.checkpoint_every is not None): return args.checkpoints
+    return args.results / "checkpoints" / args.stream.replace(":", "-") / args.scale / f"{args.method}-seed{args.seed}"
+
+# %% ../nbs/tutorials/08_command_line.ipynb #2ee90ffb
+def _run(args) -> None:
+    from treelora.experiments.vision import result_path
+    from treelora.engine.checkpoint import check_writable
+    from treelora.learner import is_main_process, run
+    path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
+    check_writable(path.parent)
+    result = run(args.stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
+                 args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, **_options(args.option))
+    if not is_main_process(): return
+    result.save(path)
+    scores = result.as_dict()["scores"]
+    words = [f"OP {100 * scores['op']:.2f} %"] + ([f"BWT {100 * scores['bwt']:.2f} points"] if "bwt" in scores else [])
+    print(f"{args.method} on {args.stream}: {', '.join(words)}, {result.seconds:.1f} s of training on {result.where['device']}; {path}")
+
+# %% ../nbs/tutorials/08_command_line.ipynb #c6113674
 def _what_runs(p: argparse.ArgumentParser) -> None:
+    "Options that say what runs."
     p.add_argument("--stream", default="split-digits", help="see `treelora streams`")
     p.add_argument("--method", default="treelora", help="see `treelora methods`")
     p.add_argument("--scale", default="quick", help="quick, small or paper")
@@ -39,8 +61,9 @@ def _what_runs(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", help="backbone, instead of the one that takes the stream's images; for text, a model's name or folder")
     p.add_argument("--weights", type=Path, help="a vision backbone's weights, a safetensors file")
 
-# %% ../nbs/tutorials/08_command_line.ipynb #9b30a7ee
+# %% ../nbs/tutorials/08_command_line.ipynb #94812878
 def _how_it_trains(p: argparse.ArgumentParser) -> None:
+    "Options that say how it trains."
     p.add_argument("--epochs", type=_numbers, help="one number, or one for each task: 2,1,3")
     p.add_argument("--batch-size", type=int)
     p.add_argument("--lr", type=float)
@@ -52,8 +75,9 @@ def _how_it_trains(p: argparse.ArgumentParser) -> None:
     p.add_argument("--compile", action="store_true", help="compile the model's blocks for training")
     p.add_argument("--shard", action="store_true", help="cut the frozen weights up over the processes that torchrun has started")
 
-# %% ../nbs/tutorials/08_command_line.ipynb #f5964101
+# %% ../nbs/tutorials/08_command_line.ipynb #5bec76f2
 def _what_is_written(p: argparse.ArgumentParser) -> None:
+    "Options that say what is written."
     p.add_argument("--curves", type=int, default=0, help="points of the learning curve of each task")
     p.add_argument("--results", type=Path, default=Path("results"), help="folder for the result")
     p.add_argument("--resume", action="store_true", help="write checkpoints, and go on from the latest one if there is any")
@@ -66,6 +90,31 @@ def _add_run(commands) -> None:
     p = commands.add_parser("run", help="train one method on one stream and save the result")
     for add in (_what_runs, _how_it_trains, _what_is_written): add(p)
     p.set_defaults(act=_run)
+
+# %% ../nbs/tutorials/08_command_line.ipynb #90985953
+def _print_table(number: int, results: Path, stream: str | None = None, scale: str = "quick") -> None:
+    from treelora.paper.tables import table
+    print(table(number, results, stream, scale))
+
+
+def _table(args) -> None: _print_table(args.number, args.results, args.stream, args.scale)
+
+# %% ../nbs/tutorials/08_command_line.ipynb #4ee65595
+def _add_table(commands) -> None:
+    p = commands.add_parser("table", help="print one of the paper's tables, ours beside it")
+    p.add_argument("number", type=int, help="1 to 13")
+    p.add_argument("--stream", help="of our columns, instead of the table's usual ones")
+    p.add_argument("--scale", default="quick", help="or another budget of it, such as quick/half")
+    p.add_argument("--results", type=Path, default=Path("results"))
+    p.set_defaults(act=_table)
+
+# %% ../nbs/tutorials/08_command_line.ipynb #60074a1a
+def _compare(args) -> None:
+    from treelora.experiments.contenders import contend
+    from treelora.paper.tables import contest_table
+    paths = contend(args.stream, args.scale, args.methods, args.seeds, args.results, args.root, not args.again, not args.quiet, args.rates, model=args.model, weights=args.weights, epochs=args.epochs, batch_size=args.batch_size, **_options(args.option))
+    print(contest_table(args.results, args.stream, args.scale))
+    print(f"\n{len(paths)} results in {args.results / args.stream}/")
 
 # %% ../nbs/tutorials/08_command_line.ipynb #4ac9108f
 def _add_compare(commands) -> None:
@@ -85,97 +134,6 @@ def _add_compare(commands) -> None:
     p.add_argument("--again", action="store_true", help="tune and run also what is there")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.set_defaults(act=_compare)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #1ed76cf2
-def _add_figures(commands) -> None:
-    p = commands.add_parser("figures", help="draw all figures for which there are results, and print the table")
-    p.add_argument("--run", choices=("no", "missing", "vision", "all"), default="no",
-                   help="which experiments to run first: what --stream misses, the quick vision set, or that and the quick language set")
-    p.add_argument("--stream", default="split-digits")
-    p.add_argument("--scale", default="quick")
-    p.add_argument("--root", type=Path)
-    p.add_argument("--results", type=Path, default=Path("results"))
-    p.add_argument("--out", type=Path, default=Path("figures"))
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
-    p.set_defaults(act=_figures)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #4ee65595
-def _add_table(commands) -> None:
-    p = commands.add_parser("table", help="print one of the paper's tables, ours beside it")
-    p.add_argument("number", type=int, help="1 to 13")
-    p.add_argument("--stream", help="of our columns, instead of the table's usual ones")
-    p.add_argument("--scale", default="quick", help="or another budget of it, such as quick/half")
-    p.add_argument("--results", type=Path, default=Path("results"))
-    p.set_defaults(act=_table)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #0c64fa73
-def _add_streams(commands) -> None:
-    commands.add_parser("streams", help="list the streams of tasks").set_defaults(act=_streams)
-
-
-def _add_methods(commands) -> None:
-    commands.add_parser("methods", help="list the methods").set_defaults(act=_methods)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #c1a4d333
-def _add_bench(commands) -> None:
-    p = commands.add_parser("bench", help="measure the step and the search on this machine")
-    p.add_argument("what", nargs="?", choices=("all", "scale", "time", "steps"), default="all",
-                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size")
-    p.add_argument("--stream", default="split-digits", help="for time")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for time")
-    p.add_argument("--root", type=Path, help="data folder, for time")
-    p.add_argument("--results", type=Path, default=Path("results"), help="for time and steps")
-    p.add_argument("--figures", type=Path, default=Path("figures"))
-    p.add_argument("--out", type=Path, help="write the numbers as JSON; for scale, the folder of scale.json (default results/bench)")
-    p.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    p.set_defaults(act=_bench)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #cf884b87
-def _add_ablate(commands) -> None:
-    p = commands.add_parser("ablate", help="change one part of the method at a time; what is there already is kept")
-    p.add_argument("names", nargs="*", help="some of the ablations; all if not given")
-    p.add_argument("--stream", default="split-digits")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--results", type=Path, default=Path("results"))
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
-    p.set_defaults(act=_ablate)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #dd826266
-def _add_cldr(commands) -> None:
-    p = commands.add_parser("cldr", help="say what an installed babel would change in cldr's names")
-    p.add_argument("--out", type=Path, help="file for the new names; without it, none is written")
-    p.set_defaults(act=_cldr)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #abd0553c
-def _add_pretrain(commands) -> None:
-    p = commands.add_parser("pretrain", help="make the backbone's weights again")
-    p.add_argument("--model", default="glyph-vit", help="glyph-vit (quick) or vit-small-64 (small; wants --root)")
-    p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    p.add_argument("--report", type=Path, help="JSON file for losses, accuracies and time")
-    p.add_argument("--root", type=Path, help="data folder, for models that are trained on one")
-    p.add_argument("--seed", type=int, default=0)
-    p.set_defaults(act=_pretrain)
-
-# %% ../nbs/tutorials/08_command_line.ipynb #be796feb
-def _run(args) -> None:
-    from treelora.experiments.vision import result_path
-    from treelora.engine.checkpoint import check_writable
-    from treelora.learner import is_main_process, run
-    path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
-    check_writable(path.parent)
-    result = run(args.stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
-                 args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, **_options(args.option))
-    if not is_main_process(): return
-    result.save(path)
-    scores = result.as_dict()["scores"]
-    words = [f"OP {100 * scores['op']:.2f} %"] + ([f"BWT {100 * scores['bwt']:.2f} points"] if "bwt" in scores else [])
-    print(f"{args.method} on {args.stream}: {', '.join(words)}, {result.seconds:.1f} s of training on {result.where['device']}; {path}")
-
-# %% ../nbs/tutorials/08_command_line.ipynb #95a07c07
-def _checkpoints(args) -> Path | None:
-    "The folder for checkpoints, if any are wanted."
-    if args.checkpoints or not (args.resume or args.checkpoint_every is not None): return args.checkpoints
-    return args.results / "checkpoints" / args.stream.replace(":", "-") / args.scale / f"{args.method}-seed{args.seed}"
 
 # %% ../nbs/tutorials/08_command_line.ipynb #70caa03e
 def _experiments(args) -> None:
@@ -207,23 +165,20 @@ def _figures(args) -> None:
     if args.stream == "split-digits" and (scale := args.results / "bench" / "scale.json").exists(): paths += save_scale(scale, args.out)
     print(f"\n{len(paths)} files in {args.out}/: {', '.join(sorted({p.stem for p in paths}))} (.svg and .png); results in {args.results}/")
 
-# %% ../nbs/tutorials/08_command_line.ipynb #344ac8e4
-def _print_table(number: int, results: Path, stream: str | None = None, scale: str = "quick") -> None:
-    from treelora.paper.tables import table
-    print(table(number, results, stream, scale))
+# %% ../nbs/tutorials/08_command_line.ipynb #1ed76cf2
+def _add_figures(commands) -> None:
+    p = commands.add_parser("figures", help="draw all figures for which there are results, and print the table")
+    p.add_argument("--run", choices=("no", "missing", "vision", "all"), default="no",
+                   help="which experiments to run first: what --stream misses, the quick vision set, or that and the quick language set")
+    p.add_argument("--stream", default="split-digits")
+    p.add_argument("--scale", default="quick")
+    p.add_argument("--root", type=Path)
+    p.add_argument("--results", type=Path, default=Path("results"))
+    p.add_argument("--out", type=Path, default=Path("figures"))
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.set_defaults(act=_figures)
 
-
-def _table(args) -> None: _print_table(args.number, args.results, args.stream, args.scale)
-
-
-def _compare(args) -> None:
-    from treelora.experiments.contenders import contend
-    from treelora.paper.tables import contest_table
-    paths = contend(args.stream, args.scale, args.methods, args.seeds, args.results, args.root, not args.again, not args.quiet, args.rates, model=args.model, weights=args.weights, epochs=args.epochs, batch_size=args.batch_size, **_options(args.option))
-    print(contest_table(args.results, args.stream, args.scale))
-    print(f"\n{len(paths)} results in {args.results / args.stream}/")
-
-# %% ../nbs/tutorials/08_command_line.ipynb #ee864f50
+# %% ../nbs/tutorials/08_command_line.ipynb #59545191
 def _streams(args) -> None:
     from treelora.streams import list_streams
     for name, scales in list_streams().items(): print(f"{name:22s} {', '.join(scales)}")
@@ -233,7 +188,15 @@ def _methods(args) -> None:
     from treelora.methods import list_methods
     for m in list_methods(): print(f"{m['name']:18s}{' + '.join(m['kinds']):20s}{m['paper']} ({m['year'] or '-'}); keeps {m['stores']}")
 
+# %% ../nbs/tutorials/08_command_line.ipynb #0c64fa73
+def _add_streams(commands) -> None:
+    commands.add_parser("streams", help="list the streams of tasks").set_defaults(act=_streams)
 
+
+def _add_methods(commands) -> None:
+    commands.add_parser("methods", help="list the methods").set_defaults(act=_methods)
+
+# %% ../nbs/tutorials/08_command_line.ipynb #6cde791d
 def _bench(args) -> None:
     from treelora.experiments.bench import bench, run_scale
     if args.what == "scale": print(*run_scale(args.out or Path("results/bench"), args.figures, args.quick), sep="\n")
@@ -247,13 +210,37 @@ def _bench_training(args) -> None:
     measure_time(args.stream, args.seeds, args.results, progress=False, root=args.root)
     print(time_table(args.results, args.stream))
 
-# %% ../nbs/tutorials/08_command_line.ipynb #3c5576e5
+# %% ../nbs/tutorials/08_command_line.ipynb #c1a4d333
+def _add_bench(commands) -> None:
+    p = commands.add_parser("bench", help="measure the step and the search on this machine")
+    p.add_argument("what", nargs="?", choices=("all", "scale", "time", "steps"), default="all",
+                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size")
+    p.add_argument("--stream", default="split-digits", help="for time")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for time")
+    p.add_argument("--root", type=Path, help="data folder, for time")
+    p.add_argument("--results", type=Path, default=Path("results"), help="for time and steps")
+    p.add_argument("--figures", type=Path, default=Path("figures"))
+    p.add_argument("--out", type=Path, help="write the numbers as JSON; for scale, the folder of scale.json (default results/bench)")
+    p.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    p.set_defaults(act=_bench)
+
+# %% ../nbs/tutorials/08_command_line.ipynb #0f8e256b
 def _ablate(args) -> None:
     from treelora.experiments.ablations import ablate, ablation_table
     path = ablate(args.names, args.stream, args.seeds, args.results, not args.quiet)
     for name in args.names or list(dict.fromkeys(r["ablation"] for r in json.loads(path.read_text())["rows"])): print(f"{ablation_table(name, args.results, args.stream)}\n")
 
+# %% ../nbs/tutorials/08_command_line.ipynb #cf884b87
+def _add_ablate(commands) -> None:
+    p = commands.add_parser("ablate", help="change one part of the method at a time; what is there already is kept")
+    p.add_argument("names", nargs="*", help="some of the ablations; all if not given")
+    p.add_argument("--stream", default="split-digits")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--results", type=Path, default=Path("results"))
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.set_defaults(act=_ablate)
 
+# %% ../nbs/tutorials/08_command_line.ipynb #6dddcc55
 def _pretrain(args) -> None:
     from treelora.learning.pretrain import pretrain
     report = pretrain(args.out, args.model, args.report, args.seed, args.root)
@@ -264,6 +251,22 @@ def _pretrain(args) -> None:
 def _cldr(args) -> None:
     from treelora.learning.cldr import rebuild_cldr
     print(rebuild_cldr(args.out))
+
+# %% ../nbs/tutorials/08_command_line.ipynb #dd826266
+def _add_cldr(commands) -> None:
+    p = commands.add_parser("cldr", help="say what an installed babel would change in cldr's names")
+    p.add_argument("--out", type=Path, help="file for the new names; without it, none is written")
+    p.set_defaults(act=_cldr)
+
+# %% ../nbs/tutorials/08_command_line.ipynb #abd0553c
+def _add_pretrain(commands) -> None:
+    p = commands.add_parser("pretrain", help="make the backbone's weights again")
+    p.add_argument("--model", default="glyph-vit", help="glyph-vit (quick) or vit-small-64 (small; wants --root)")
+    p.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    p.add_argument("--report", type=Path, help="JSON file for losses, accuracies and time")
+    p.add_argument("--root", type=Path, help="data folder, for models that are trained on one")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(act=_pretrain)
 
 # %% ../nbs/tutorials/08_command_line.ipynb #077c6943
 COMMANDS = (_add_run, _add_compare, _add_figures, _add_table, _add_streams, _add_methods, _add_bench,

@@ -34,9 +34,9 @@ class Facts:
     stores = "nothing"  # what it keeps of earlier tasks, in words
     options: dict = {}  # its own settings, written into results
     trains = True  # whether there is anything to train
-    collate: Callable | None = None  # makes a batch of a list of examples; None: as the stream does it
+    collate: Callable | None = None  # makes a batch of examples; None: as the stream does it
     progress_name = "accuracy"  # what `progress` measures
-    fixed: tuple[str, ...] = ()  # attributes that a checkpoint leaves out: nothing changes them
+    fixed: tuple[str, ...] = ()  # attributes that a checkpoint leaves out; they never change
 
 # %% ../../nbs/methods/01_base.ipynb #1565599f
 class Training(Facts):
@@ -102,7 +102,7 @@ class Answering(Stepping):
     def predictor(self, task) -> Callable:
         """What answers the test inputs of a task.
 
-        Only a method that is told the task (a ceiling, in-context examples) may look at which one it is."""
+        Only a method that is told the task (a ceiling, in-context examples) may look at it."""
         return self.predict
 
     def progress(self, stream, task, prepare: Callable) -> float:
@@ -144,7 +144,7 @@ class Continuing(Remembering):
     def state(self) -> dict:
         """What a checkpoint keeps, besides the model's weights: all attributes but `fixed`.
 
-        Tensors, numbers, containers, generators and the project's own objects need nothing more."""
+        Tensors, numbers, containers, generators and the project's own objects are all fine."""
         return {k: v for k, v in vars(self).items() if k not in self.fixed}
 
     def restore(self, state: dict) -> None:
@@ -172,7 +172,7 @@ class Sharing(Continuing):
         return find_batch_size(batch)
 
     def mean(self, value: torch.Tensor, batch) -> torch.Tensor:
-        "A number of this process's share, averaged over the processes: the same in all of them."
+        "A number of this process's share, averaged over the processes: the same in all."
         if n_processes() == 1: return value
         weight = torch.as_tensor(self.weight(batch), dtype=torch.float32, device=value.device)
         pair = torch.stack([value.detach().float() * weight, weight])
@@ -324,7 +324,8 @@ class Decomposed(Unadapted):
     def end_task(self, batches):
         if self.tii: self._keep_adapter()
         if self.tap or self.tii: self._observe(batches)
-        if self.tap: retrain_head(self.model.head, self.parts.adapted, seed=self.seed + self.task)
+        if self.tap:
+            retrain_head(self.model.head, self.parts.adapted, seed=self.seed + self.task)
 
     @torch.no_grad()
     def _observe(self, batches) -> None:
@@ -339,7 +340,7 @@ class Decomposed(Unadapted):
 
 # %% ../../nbs/methods/01_base.ipynb #6dd771aa
 class AdapterMethod(Decomposed):
-    "LoRA on K and V of the first blocks, one head, and the parts of HiDe's decomposition by switches."
+    "LoRA on K and V of some blocks, one head, and the parts of HiDe's decomposition by switches."
 
     def _adapter_of(self, task: int) -> torch.Tensor:  # (L, D)
         "A stored adapter."
@@ -371,8 +372,8 @@ def register(method: type[Method]) -> type[Method]:
     "Make a method known by its name and kind. Raises ValueError when another one has them."
     kinds = METHODS.setdefault(method.name, {})
     if kinds.get(method.kind, method).__qualname__ != method.__qualname__:
-        raise ValueError(f"A {method.kind} method named {method.name!r} is registered already; "
-                         "choose another name.")
+        raise ValueError(f"A {method.kind} method named {method.name!r} is registered "
+                         "already; choose another name.")
     kinds[method.kind] = method
     return method
 
@@ -388,12 +389,12 @@ def get_method(
     name: str,
     kind: str | None = None,  # "vision" or "language"; None: the first that there is
 ) -> type[Method]:
-    "A method's class. Raises ValueError for an unknown name, or one that the kind does not have."
+    "A method's class. Raises ValueError for a name that is unknown, or that the kind lacks."
     if name not in METHODS:
         raise ValueError(f"Unknown method {name!r}; known are {', '.join(METHODS)}.")
     kinds = METHODS[name]
     if kind is not None and kind not in kinds:
         others = ", ".join(n for n in METHODS if kind in METHODS[n])
-        raise ValueError(f"The method {name!r} learns {' and '.join(kinds)} streams, not {kind}; "
-                         f"for those there are {others}.")
+        raise ValueError(f"The method {name!r} learns {' and '.join(kinds)} streams, "
+                         f"not {kind}; for those there are {others}.")
     return kinds[kind or next(iter(kinds))]

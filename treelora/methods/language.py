@@ -59,7 +59,7 @@ class TokenMethod(Method):
 
     def plain(self, batch): return prompt_features(self.model, batch)
 
-# %% ../../nbs/methods/04_language.ipynb #0e199dc2
+# %% ../../nbs/methods/04_language.ipynb #078521d1
 class LanguageMethod(TokenMethod):
     "A causal language model; batches are tokens, answers are generated."
 
@@ -75,7 +75,7 @@ class LanguageMethod(TokenMethod):
         self.model.train()
         return torch.cat(nll).mean().neg().exp().item()
 
-# %% ../../nbs/methods/04_language.ipynb #e5be3ce7
+# %% ../../nbs/methods/04_language.ipynb #870069f0
 class AdaptedText(LanguageMethod):
     "A causal language model whose LoRA adapter, of PEFT, can be read and written."
 
@@ -108,7 +108,7 @@ class AdaptedText(LanguageMethod):
         "Make an (L, D) adapter the model's."
         for p, x in zip(self.layout.params, self.layout.views(adapter)): p.copy_(x)
 
-# %% ../../nbs/methods/04_language.ipynb #3a109aed
+# %% ../../nbs/methods/04_language.ipynb #06117e1a
 class LanguageAdapterMethod(AdaptedText):
     "A causal language model with LoRA adapters of PEFT."
 
@@ -126,7 +126,7 @@ class LanguageAdapterMethod(AdaptedText):
         mask = pad_sequence([torch.ones(len(item["labels"]), dtype=torch.long) for item in items], True, 0, "left")
         return {"inputs_embeds": hidden, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": labels}
 
-# %% ../../nbs/methods/04_language.ipynb #e8543e7c
+# %% ../../nbs/methods/04_language.ipynb #3c98d276
 class Memo:
     "Answers that are known already: greedy decoding with a stored adapter gives the same answer to the same prompt."
 
@@ -149,7 +149,7 @@ class SeqLoRA(LanguageAdapterMethod):
     "One adapter, trained on one task after the other; nothing else."
     name, paper, year, stores = "seqlora", "Hu et al., ICLR 2022, task after task", 2022, "nothing"
 
-# %% ../../nbs/methods/04_language.ipynb #f293a0e3
+# %% ../../nbs/methods/04_language.ipynb #ba074310
 @register
 class Alone(LanguageAdapterMethod):
     "Each task from fresh weights, with an adapter of its own that the test is told to use: a ceiling without transfer, not a continual method."
@@ -177,7 +177,7 @@ class Alone(LanguageAdapterMethod):
 
     def stored(self): return {"adapters": tensor_bytes(self.adapters.values())}
 
-# %% ../../nbs/methods/04_language.ipynb #57200483
+# %% ../../nbs/methods/04_language.ipynb #21c68451
 @register
 class FIX(LanguageMethod):
     "No training: six examples of the task stand before each prompt (in-context learning, Tab. 3)."
@@ -253,7 +253,7 @@ def _as_file(name: str) -> str:
     "A task's name as a folder may be called."
     return re.sub(r"[^\w.-]+", "_", name)
 
-# %% ../../nbs/methods/04_language.ipynb #26571731
+# %% ../../nbs/methods/04_language.ipynb #1011e4d2
 @register
 class TreeLoRAPaperText(TreeLanguageMethod):
     "Algorithm 1 with the paper's settings for language models; the latest adapter answers."
