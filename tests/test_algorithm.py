@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from treelora import algorithm
+from treelora.engine import files
+from treelora.signature import Rows
 from treelora.algorithm import VARIANTS, TreeLoRA
 
 
@@ -34,7 +35,7 @@ def learn(tl, name, seed, rounds=6, optimizer=torch.optim.Adam):
 
 def state(tl):
     "All that a mistake must leave alone."
-    return (tl.tree.newick(), list(tl.bank.names), tl.bank.adapters.clone(), tl.bank.signatures.clone(), tl._read())
+    return (tl.tree.newick(), list(tl.bank.names), tl.bank.adapters.clone(), tl.bank.signatures.clone(), tl.live.read())
 
 
 def same(a, b):
@@ -88,7 +89,7 @@ def test_observed_losses_are_scaled_distances(trained):
         for t in range(4):
             tl.model.zero_grad()
             cross_entropy(tl.model(x), y).backward()
-            grad = algorithm.Rows(tl.layout).load_([p.grad for p in tl.params]).matrix.clone()
+            grad = Rows(tl.layout).load_([p.grad for p in tl.params]).matrix.clone()
             tl.step()
             mean = grad if t == 0 else total / t
             arms, losses = seen[-1]
@@ -118,11 +119,11 @@ def test_prox_leaves_other_optimisers_alone(make_net):
     with tl.task("b"):
         cross_entropy(tl.model(x), y).backward()
         tl.step()
-        tl._write(tl._read() + 1.0)
-        before = tl._read()
+        tl.live.write(tl.live.read() + 1.0)
+        before = tl.live.read()
         other.grad = torch.ones(1)
         opt.step()
-        assert torch.equal(tl._read(), before)
+        assert torch.equal(tl.live.read(), before)
 
 
 @pytest.mark.parametrize("signal", ["stored", "fresh", "loss"])
@@ -142,10 +143,10 @@ def test_signals_with_a_forward_leave_the_adapter_alone(trained):
         trained.signal = signal
         with trained.task(signal):
             cross_entropy(trained.model(x), y).backward()
-            before, grads = trained._read(), [p.grad.clone() for p in trained.params]
+            before, grads = trained.live.read(), [p.grad.clone() for p in trained.params]
             trained.lam = 0.0
             trained.step(lambda: cross_entropy(trained.model(x), y))
-            assert torch.equal(trained._read(), before)
+            assert torch.equal(trained.live.read(), before)
             assert all(torch.equal(p.grad, g) for p, g in zip(trained.params, grads))
 
 
@@ -156,11 +157,11 @@ def test_branch_starts_from_the_best_arm(make_net):
     with tl.task("c"):
         for _ in range(4):
             cross_entropy(tl.model(x), y).backward()
-            held = tl._read()
+            held = tl.live.read()
             tl.step(lambda: cross_entropy(tl.model(x), y))
             assert all((p.grad == 0).all() for p in tl.params)
         assert tl.bank.names[tl._now.arms.item()] == "a"
-        assert torch.equal(tl._read(), tl.bank.adapter("a")) and not torch.equal(held, tl._read())
+        assert torch.equal(tl.live.read(), tl.bank.adapter("a")) and not torch.equal(held, tl.live.read())
     assert tl._now is None
 
 
@@ -197,13 +198,13 @@ def test_save_replaces_and_survives_a_crash(tmp_path, make_net, trained, monkeyp
     trained.save(tmp_path)
     before = state(trained)
     learn(trained, "d", 3)
-    replace = algorithm._replace
+    replace = files.replace
 
     def crash(path, data):
         if path.name == "treelora.json": raise OSError("power failure")
         replace(path, data)
 
-    monkeypatch.setattr(algorithm, "_replace", crash)
+    monkeypatch.setattr(files, "replace", crash)
     with pytest.raises(OSError): trained.save(tmp_path)
     assert same(state(TreeLoRA.load(tmp_path, make_net())), before)
     monkeypatch.undo()
@@ -256,9 +257,9 @@ def test_routing(make_net):
     inputs = torch.cat([data(9)[0][:4] + 10 * i for i in (2, 0, 1)])
     tasks = tl.route(inputs)
     assert tasks.tolist() == [2] * 4 + [0] * 4 + [1] * 4
-    own = tl._read()
+    own = tl.live.read()
     outputs = tl.infer(inputs, tl.model, features=lambda x: x)
-    assert torch.equal(tl._read(), own)
+    assert torch.equal(tl.live.read(), own)
     for k, name in enumerate("abc"):
         tl.load_adapter(name)
         assert torch.allclose(outputs[tasks == k], tl.model(inputs[tasks == k]), atol=1e-6)

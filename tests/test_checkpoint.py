@@ -123,13 +123,13 @@ def test_every_search_goes_on_where_it_was(search, make_net):
     new.restore(json.loads(json.dumps(plain)), tensors)
     with pytest.raises(ValueError, match="in the middle of task 'new'"), new.task("other"): pass
     with new.task("new"): rounds(new, 7, 12)
-    assert torch.equal(new._read(), whole._read()) and all(torch.equal(a, b) for a, b in zip(new.last.picks, whole.last.picks, strict=True))
+    assert torch.equal(new.live.read(), whole.live.read()) and all(torch.equal(a, b) for a, b in zip(new.last.picks, whole.last.picks, strict=True))
     assert torch.equal(new.bank.signatures, whole.bank.signatures) and new.tree.newick() == whole.tree.newick()
 
 
 def test_a_restored_task_that_fails_goes_back_to_before_it(make_net):
     tl, new = TreeLoRA(make_net()), TreeLoRA(make_net())
-    before = tl._read()
+    before = tl.live.read()
     with tl.task("a"):
         for p in tl.params: p.grad = torch.ones_like(p)
         tl.step()
@@ -138,7 +138,7 @@ def test_a_restored_task_that_fails_goes_back_to_before_it(make_net):
         with pytest.raises(ValueError, match="is open"): tl.restore(*saved)
     new.restore(*saved)
     with pytest.raises(CutOff), new.task("a"): raise CutOff
-    assert torch.equal(new._read(), before) and len(new.bank) == 0
+    assert torch.equal(new.live.read(), before) and len(new.bank) == 0
     with pytest.raises(ValueError, match="other settings .*lam"): TreeLoRA(make_net(), lam=0.3).restore(*saved)
 
 

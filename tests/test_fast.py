@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from treelora import algorithm
-from treelora.algorithm import Bank, Cache, TreeLoRA, _pull_group
+from treelora.engine import device
+from treelora.engine.bank import Bank
+from treelora.engine.device import Cache
+from treelora.algorithm import TreeLoRA
+from treelora.engine.fused import pull_group
 from treelora.bandit import LCB, SearchTree, TreeLCB, get_search
 from treelora.experiments.bench import Report, _adapters, bench_training, has_compiler, save_scale
 from treelora.cli import main
@@ -88,7 +91,7 @@ def test_bank_grows_without_copying_itself_for_each_task(make_net):
 def test_groups_of_any_size_give_the_same_step(make_net):
     def run(numbers):
         tl = TreeLoRA(make_net(), lam=0.1)
-        tl._groups = groups(tl.layout, numbers=numbers)
+        tl.live.groups = groups(tl.layout, numbers=numbers)
         g = torch.Generator().manual_seed(0)
         for k in range(3):
             with tl.task(str(k)):
@@ -238,10 +241,10 @@ def test_runs_with_a_cache_are_equal(make_net, options):
                     loss().backward(), tl.step(loss), opt.step(), opt.zero_grad()
         return tl
     plain = run(0)
-    assert plain._cache is None and all(equal(plain, run(cache)) for cache in (1, 2, 7))
+    assert plain.live.cache is None and all(equal(plain, run(cache)) for cache in (1, 2, 7))
 
 
-ON_THE_HOST = {"model", "params", "layout", "bank", "tree", "stats", "initial", "before", "picks", "arms", "scale", "search", "last", "_device"}
+ON_THE_HOST = {"model", "params", "layout", "bank", "tree", "stats", "initial", "before", "picks", "arms", "scale", "search", "last", "device"}
 
 
 def on_the_device(x, found=None):
@@ -275,11 +278,11 @@ def test_device_memory_is_below_three_adapters_however_many_tasks(form):
 
 def test_a_cache_that_does_not_fit_is_left_out_and_said(make_net, monkeypatch):
     plain = train(TreeLoRA(make_net()), "abc")
-    monkeypatch.setattr(algorithm, "_free_memory", lambda device: 100)
+    monkeypatch.setattr(device, "_free_memory", lambda device: 100)
     with pytest.warns(UserWarning, match="cache of 2 adapters .* does not fit .* without one"): small = train(TreeLoRA(make_net(), cache=2), "abc")
     monkeypatch.undo()
     with pytest.warns(UserWarning, match="does not fit"): huge = train(TreeLoRA(make_net(), cache=10 ** 12), "abc")
-    assert equal(plain, small) and equal(plain, huge) and small._cache is huge._cache is None
+    assert equal(plain, small) and equal(plain, huge) and small.live.cache is huge.live.cache is None
 
 
 @pytest.mark.parametrize("kwargs, words", [({"cache": 0.5}, "cache=0.5 must be a whole number"), ({"cache": -1}, "cache=-1"), ({"budget": 0}, "budget=0 must be at least 1")])
@@ -300,7 +303,7 @@ def test_adapters_in_bfloat16_train_and_come_back(tmp_path, make_net, options):
                 value = loss()
                 value.backward(), tl.step(value.detach() if tl.penalty == "dot" else loss), opt.step(), opt.zero_grad()
     assert tl.bank.adapters.dtype == tl.bank.signatures.dtype == torch.float32 and tl.params[0].dtype == torch.bfloat16
-    assert torch.equal(tl.bank.adapter("c"), tl._read())
+    assert torch.equal(tl.bank.adapter("c"), tl.live.read())
     tl.save(tmp_path)
     again = TreeLoRA.load(tmp_path, make_net(seed=5).bfloat16())
     assert all(torch.equal(p, q) for p, q in zip(again.params, tl.params)) and torch.equal(again.bank.signatures, tl.bank.signatures)
@@ -353,7 +356,7 @@ def test_a_compiled_step_is_the_same_step(tmp_path, make_net, monkeypatch, backe
     assert torch.equal(torch.stack(plain.last.picks), torch.stack(compiled.last.picks)) and "compile" not in compiled.config
     compiled.save(tmp_path)
     again = TreeLoRA.load(tmp_path, make_net(), compile=True)
-    assert again._compiled and equal(train(compiled, "ef"), train(again, "ef"))
+    assert again.options.compile and equal(train(compiled, "ef"), train(again, "ef"))
 
 
 def test_a_step_without_a_compiler_says_so_and_changes_nothing(make_net, monkeypatch):
@@ -377,7 +380,7 @@ def test_the_arithmetic_of_a_step_is_one_graph(make_net):
         torch._foreach_add_(total.views, grads)
         away = torch.sub(total.matrix, rows, alpha=3, out=scratch).abs_().sum(1) / 3
         scratch.copy_(rows)
-        _pull_group(grads, values, scratch, views, 0.1, None)
+        pull_group(grads, values, scratch, views, 0.1, None)
         return away
     def run(f):
         total, rows = Rows(layout), torch.randn(2, 28, generator=torch.Generator().manual_seed(1))

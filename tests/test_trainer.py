@@ -107,7 +107,7 @@ def with_bare_loop(tl, names=TASKS, accumulate=1, clip=1.0, autocast=False, skip
 def assert_same(a, b):
     "Adapter, bank, tree and what the last search did are equal, bit for bit."
     assert a.bank.names == b.bank.names and a.tree.newick() == b.tree.newick()
-    for x, y in ((a.bank.adapters, b.bank.adapters), (a.bank.signatures, b.bank.signatures), (a._read(), b._read()), (a.initial, b.initial)):
+    for x, y in ((a.bank.adapters, b.bank.adapters), (a.bank.signatures, b.bank.signatures), (a.live.read(), b.live.read()), (a.initial, b.initial)):
         assert torch.equal(x, y)
     assert a.last.round == b.last.round and len(a.last.picks) == len(b.last.picks)
     assert all(torch.equal(x, y) for x, y in zip(a.last.picks, b.last.picks))
@@ -226,12 +226,12 @@ def test_first_task_resumes_too(tmp_path):
 
 def test_a_resumed_run_that_fails_goes_back_to_before_the_task(tmp_path):
     tl = TreeLoRA(tiny_model())
-    before, save = tl._read(), dict(save_strategy="steps", save_steps=3)
+    before, save = tl.live.read(), dict(save_strategy="steps", save_steps=3)
     with pytest.raises(CutOff): trainer(tl, [TreeLoraCallback(tl, "up"), Cut(4)], tmp_path, **save).train()
     new = TreeLoRA(tiny_model())
     with pytest.raises(CutOff), TreeLoraCallback(new, "up") as callback:
         trainer(new, [callback, Cut(7)], tmp_path, **save).train(resume_from_checkpoint=True)
-    assert torch.equal(new._read(), before) and new._now is None and len(new.bank) == 0
+    assert torch.equal(new.live.read(), before) and new._now is None and len(new.bank) == 0
 
 
 def test_checkpoint_that_was_moved(tmp_path):
@@ -292,19 +292,19 @@ def test_damaged_checkpoint(interrupted):
 
 
 def assert_untouched(tl, names, adapter):
-    assert tl._now is None and tl.bank.names == names and torch.equal(tl._read(), adapter)
+    assert tl._now is None and tl.bank.names == names and torch.equal(tl.live.read(), adapter)
     assert not listening(tl) and not tl.model._forward_hooks and not tl.model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("form", ["l1", "prox", "loss"])
 def test_interrupted_training(form, tmp_path):
     tl = with_trainer(TreeLoRA(tiny_model(), **FORMS[form]), tmp_path, ["up"])
-    adapter = tl._read()
+    adapter = tl.live.read()
     with pytest.raises(CutOff), TreeLoraCallback(tl, "down") as callback: trainer(tl, [callback, Cut(3)], tmp_path, TASKS["down"]).train()
     assert_untouched(tl, ["up"], adapter)
     callback = TreeLoraCallback(tl, "down")
     with pytest.raises(CutOff): trainer(tl, [callback, Cut(3)], tmp_path, TASKS["down"]).train()
-    assert tl._now is not None and not torch.equal(tl._read(), adapter)
+    assert tl._now is not None and not torch.equal(tl.live.read(), adapter)
     callback.abort()
     assert_untouched(tl, ["up"], adapter)
     callback.abort()  # nothing to do
@@ -326,7 +326,7 @@ def test_nan_gradient(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step == 2: tl.params[0].grad.fill_(torch.nan)
     tl = TreeLoRA(tiny_model(), signal="loss")
-    adapter = tl._read()
+    adapter = tl.live.read()
     with pytest.raises(ValueError, match="NaN or infinite gradient in task 'up', round 3"):
         trainer(tl, [Spoil(), TreeLoraCallback(tl, "up")], tmp_path).train()
     assert_untouched(tl, [], adapter)
@@ -334,7 +334,7 @@ def test_nan_gradient(tmp_path):
 
 def test_callback_twice(tmp_path):
     tl = TreeLoRA(tiny_model(), penalty="prox")
-    adapter, callback = tl._read(), TreeLoraCallback(tl, "up")
+    adapter, callback = tl.live.read(), TreeLoraCallback(tl, "up")
     for callbacks in ([callback, callback], [TreeLoraCallback(tl, "up"), TreeLoraCallback(tl, "down")]):
         with pytest.raises(ValueError, match="two TreeLoraCallbacks"): trainer(tl, callbacks, tmp_path).train()
         assert_untouched(tl, [], adapter)
@@ -345,7 +345,7 @@ def test_same_task_again(tmp_path):
     tl = TreeLoRA(tiny_model())
     made = trainer(tl, [TreeLoraCallback(tl, "up")], tmp_path)
     made.train()
-    adapter = tl._read()
+    adapter = tl.live.read()
     with pytest.raises(ValueError, match="learned already"): made.train()
     assert_untouched(tl, ["up"], adapter)
 
@@ -358,7 +358,7 @@ def test_task_opened_by_hand(tmp_path):
 def test_model_without_adapters(tmp_path):
     tl, plain = TreeLoRA(tiny_model()), LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
                                                                    num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    adapter = tl._read()
+    adapter = tl.live.read()
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA layers"): TreeLoRA(plain)
     for model in (plain, tiny_model()):
         with pytest.raises(ValueError, match="does not hold the LoRA layers of this TreeLoRA"):
@@ -368,7 +368,7 @@ def test_model_without_adapters(tmp_path):
 
 def test_no_loss_to_look_at(tmp_path):
     tl = with_trainer(TreeLoRA(tiny_model(), signal="loss"), tmp_path, ["up"])
-    adapter = tl._read()
+    adapter = tl.live.read()
     with pytest.raises(ValueError, match="returned no loss"): with_trainer(tl, tmp_path, ["down"], label_smoothing_factor=0.1)
     assert_untouched(tl, ["up"], adapter)
     with_trainer(TreeLoRA(tiny_model()), tmp_path, ["up", "down"], label_smoothing_factor=0.1)
@@ -381,7 +381,7 @@ def test_scheduler_and_weight_decay_are_the_trainers_own(tmp_path):
         tl = TreeLoRA(tiny_model(dropout=0.1), lam=0)
         for name in ("up", "down"):
             trainer(tl, [TreeLoraCallback(tl, name)] if callback else None, tmp_path, TASKS[name], weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2).train()
-        runs.append(tl._read())
+        runs.append(tl.live.read())
     assert torch.equal(*runs)
 
 
@@ -421,13 +421,13 @@ def test_task_state_in_a_bare_loop():
     sgd = torch.optim.SGD(tl.params, 0.1)
     with tl.task("down"):
         for i in range(3): step(tl, sgd, i)
-        saved = task_state(tl)
+        saved = task_state(now, tl.live)
         for i in range(3, 6): step(tl, sgd, i)
-        end, picks = tl._read(), list(tl._now.picks)
+        end, picks = tl.live.read(), list(tl._now.picks)
         restore_task(tl, *saved)
-        assert not torch.equal(tl._read(), end) and tl._now.round == 3
+        assert not torch.equal(tl.live.read(), end) and tl._now.round == 3
         for i in range(3, 6): step(tl, sgd, i)
-        assert torch.equal(tl._read(), end) and all(torch.equal(a, b) for a, b in zip(picks, tl._now.picks, strict=True))
+        assert torch.equal(tl.live.read(), end) and all(torch.equal(a, b) for a, b in zip(picks, tl._now.picks, strict=True))
 
 
 def test_batches_of_positional_arguments():

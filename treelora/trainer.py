@@ -19,7 +19,9 @@ from torch.amp.grad_scaler import OptState
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from .algorithm import FORMAT, TreeLoRA, _read_files, _replace, restore_task, task_state
+from .engine.files import FORMAT, read_state, replace
+from .algorithm import TreeLoRA
+from .engine.resume import restore_task, task_state
 
 # %% ../nbs/learning/11_trainer.ipynb #147aa0cc
 class Batches:
@@ -102,13 +104,13 @@ def save_task(
     tl._now = None  # the bank is as it was when the task began
     try: tl.save(folder)
     finally: tl._now = now
-    plain, tensors = task_state(tl)
+    plain, tensors = task_state(now, tl.live)
     data = save_tensors(tensors)
     digest = hashlib.sha256(data).hexdigest()
     plain |= {"format": FORMAT, "tensors": f"task-{digest[:12]}.safetensors", "sha256": digest}
     (folder / "task").mkdir(exist_ok=True)
-    _replace(folder / "task" / plain["tensors"], data)
-    _replace(folder / "task" / "treelora.json", json.dumps(plain, indent=1).encode())
+    replace(folder / "task" / plain["tensors"], data)
+    replace(folder / "task" / "treelora.json", json.dumps(plain, indent=1).encode())
     for old in (folder / "task").glob("task-*.safetensors"):
         if old.name != plain["tensors"]: old.unlink()
 
@@ -118,7 +120,7 @@ def _read_task(folder: Path) -> tuple:
     if not (folder / "treelora.json").is_file():
         raise FileNotFoundError(f"{folder} has no TreeLoRA state to resume from: its training ran without this callback, "
                                 "or the checkpoint lies elsewhere; then say TreeLoraCallback(..., checkpoint=folder).")
-    return _read_files(folder), _read_files(folder / "task")
+    return read_state(folder), read_state(folder / "task")
 
 
 def _check_run(tl: TreeLoRA, task: str, adapter: torch.Tensor, folder: Path, bank: tuple, saved: tuple) -> None:
@@ -172,16 +174,16 @@ class TreeLoraCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         "Open the task, or go on with it."
         self._check(args, state, model)
-        adapter, folder = self.tl._read(), Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / "treelora"
+        adapter, folder = self.tl.live.read(), Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / "treelora"
         if run := getattr(self.tl, "run", None): run.abort()  # its training was cut off
         context = self.tl.task(self.task, rounds=state.max_steps, epoch=_steps_per_epoch(args, train_dataloader))
         saved = _read_task(folder) if state.global_step else None
         if saved:
             _check_run(self.tl, self.task, adapter, folder, *saved)
             self.tl._restore(*saved[0])
-            self.tl._write(saved[1][1]["before"])
+            self.tl.live.write(saved[1][1]["before"])
         self._open(context, state, model)
-        try: restore_task(self.tl, *saved[1]) if saved else self._look(model, train_dataloader, args)
+        try: restore_task(self.tl._open(), self.tl.live, *saved[1]) if saved else self._look(model, train_dataloader, args)
         except BaseException:
             self.abort()
             raise

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..algorithm import FeatureStats
+from ..engine.features import FeatureStats
 
 # %% ../../nbs/learning/09_decompose.ipynb #cc11a6e2
 def masked_logits(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..engine.signals import SIGNALS
 from ..learner import run, where
 from ..methods.treelora import TreeLoRAPaper
 from .smooth_tree import (INFORMED, NOISES, Played, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, marks_up_to, needle, play,
@@ -263,8 +264,7 @@ class Recorder(TreeLoRAPaper):
     def _loss_of(self, signal: str, k: int, now, grads, images, labels) -> torch.Tensor:  # (L,)
         "The loss of one arm in all layers, by the functions that training uses."
         arms = torch.full((self.layout.n_layers,), k)
-        if signal == "stored": return self.tl._stored_losses(now, grads, arms).clone()
-        with self.tl._under(arms): return self.tl._fresh_losses(lambda: self.probe(images, labels), grads).clone()
+        return SIGNALS[signal](self.tl.live, self.tl.arithmetic).losses(now, grads, arms, lambda: self.probe(images, labels)).clone()
 
     def extra(self):
         return {"losses": {signal: torch.stack(rows).tolist() for signal, rows in self.recorded.items()},
