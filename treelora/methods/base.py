@@ -18,7 +18,7 @@ from torch import distributed, nn
 from torch.utils.data import default_collate
 
 from ..engine.ahead import input_of, stack_of, take_activations
-from ..algorithm import grouped
+from ..engine.routing import grouped
 from ..learning.decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
 from ..lora import adapters_off, add_lora, lora_layers
 from ..learning.models import features

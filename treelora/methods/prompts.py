@@ -46,7 +46,7 @@ def _with_prefix(
             attention.qkv.register_forward_hook(lambda module, args, out: torch.cat([rows.to(out.dtype), out[:, P:]], 1)),
             attention.register_forward_hook(lambda module, args, out: out[:, P:])]
 
-# %% ../../nbs/methods/07_prompts.ipynb #142e7671
+# %% ../../nbs/methods/07_prompts.ipynb #ca0e4c8d
 @contextmanager
 def prefixed(
     model: VisionTransformer,
@@ -251,7 +251,7 @@ class Prefixes(nn.Module):
         "The prefix of each input at each layer."
         return dict(zip(self.layers, (self.gain * self.rows(which)).unbind(1)))
 
-# %% ../../nbs/methods/07_prompts.ipynb #ed81670d
+# %% ../../nbs/methods/07_prompts.ipynb #d7789fb6
 class DualPrompts(nn.Module):
     "General prompts for all tasks, expert prompts with a key for each."
 
@@ -359,7 +359,7 @@ class EnsemblePrefixes(Prefixes):
         mixed = (1 - self.lean) * self.table[1:] + self.lean * fixed.cumsum(0)[:-1] / counts
         return torch.cat([self.table[:1], mixed])[which]  # the first task has nobody to lean on
 
-# %% ../../nbs/methods/07_prompts.ipynb #ce4017c8
+# %% ../../nbs/methods/07_prompts.ipynb #febaf7e1
 class TaskPrefixes(VisionPrompts):
     "A set of prefixes for each task; an input gets those of the task that its un-adapted features point to."
 
@@ -390,7 +390,7 @@ class TaskPrefixes(VisionPrompts):
     def logits(self, images, task=None):
         with self.under(images, task): return self.model(images)
 
-# %% ../../nbs/methods/07_prompts.ipynb #1d41ec4e
+# %% ../../nbs/methods/07_prompts.ipynb #6666509a
 @register
 class HiDePrompt(TaskPrefixes):
     "HiDe's decomposition with prefix tuning: prompts for each task, told by un-adapted features, and a head retrained on sampled ones."
@@ -427,7 +427,7 @@ class _PrefixedCache:
         else: pair = self.cache.update(*states, **kwargs)
         return tuple(torch.cat([before.to(x.dtype), x], 2) for before, x in zip(self.prefix, pair))
 
-# %% ../../nbs/methods/07_prompts.ipynb #b8609109
+# %% ../../nbs/methods/07_prompts.ipynb #02cad994
 def _widened(
     mask: torch.Tensor | None,  # (n, 1, queries, keys), boolean or added to the scores; None: as is usual for a causal model
     P: int,
@@ -440,7 +440,7 @@ def _widened(
     if mask is None: mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool, device=device).tril(past)
     return F.pad(mask, (P, 0), value=True if mask.dtype == torch.bool else 0.0)
 
-# %% ../../nbs/methods/07_prompts.ipynb #d8afdd94
+# %% ../../nbs/methods/07_prompts.ipynb #8ac5b390
 def _read_prefix(
     attention: nn.Module,  # of transformers
     prefix: torch.Tensor,  # (n, 2, P, width)
@@ -457,7 +457,7 @@ def _read_prefix(
 
     return attention.register_forward_pre_hook(hook, with_kwargs=True)
 
-# %% ../../nbs/methods/07_prompts.ipynb #edb831b8
+# %% ../../nbs/methods/07_prompts.ipynb #25d2edd4
 def attention_layers(
     model: nn.Module,  # a causal language model of the Llama kind
 ) -> list[nn.Module]:  # from input to output
@@ -512,7 +512,7 @@ class FrozenText(LanguageMethod):
         g = torch.Generator().manual_seed(self.seed)
         return torch.randint(self.model.get_input_embeddings().num_embeddings, shape, generator=g).to(self.device)
 
-# %% ../../nbs/methods/07_prompts.ipynb #a544ef7f
+# %% ../../nbs/methods/07_prompts.ipynb #c3240400
 class TextPrompts(FrozenText):
     "A frozen language model with prompts that train, chosen by the mean embedding of each text."
 
@@ -584,7 +584,7 @@ class Lengthened(FromPool, TextPrompts):
         finally: self.model.train(was_training)
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-# %% ../../nbs/methods/07_prompts.ipynb #f896b363
+# %% ../../nbs/methods/07_prompts.ipynb #4ac47b63
 @register
 class L2PText(Lengthened):
     "Prompt tuning from a pool: each prompt takes the vectors whose keys are nearest to its mean embedding."
@@ -620,7 +620,7 @@ def shares(
     first = max(1, round(depth / 6))
     return range(first), range(first, max(first + 1, round(depth * 5 / 12)))
 
-# %% ../../nbs/methods/07_prompts.ipynb #400c2677
+# %% ../../nbs/methods/07_prompts.ipynb #34f92e95
 @register
 class DualPromptText(FromExperts, TextPrompts):
     "Prefix tuning with general prompts in the first layers and, in the next ones, those of the task with the nearest key."

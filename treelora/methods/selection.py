@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..algorithm import FeatureStats
+from ..engine.features import FeatureStats
 from ..learning.language import IGNORED, answer_nll, generate, prompt_features
 from ..lora import Pair, row_adapters
 from .base import Method, register, tensor_bytes

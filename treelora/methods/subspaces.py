@@ -58,7 +58,7 @@ class Frozen:
         "Sum over earlier tasks of |A_i A_t^T|, entry by entry (O-LoRA's penalty, as in its authors' code)."
         return (self.A @ self._by_part(A).mT).abs().sum()
 
-# %% ../../nbs/methods/08_subspaces.ipynb #fed3407f
+# %% ../../nbs/methods/08_subspaces.ipynb #d30f4e58
 def _check_rank(name: str, r: int, width: int) -> None:
     "Raise ValueError when a layer has fewer inputs than an adapter has rows for each part."
     if r > width: raise ValueError(f"Rank r={r} is larger than the {width} inputs of {name}, which have no more directions; choose a smaller r.")
@@ -96,7 +96,7 @@ class Orthogonal:
 
     def stored(self): return super().stored() | {"adapters": tensor_bytes(x for path in self.paths for x in (path.A, path.B))}
 
-# %% ../../nbs/methods/08_subspaces.ipynb #e9373ed6
+# %% ../../nbs/methods/08_subspaces.ipynb #93a0869b
 @register
 class OLoRAText(Orthogonal, LanguageAdapterMethod):
     "A new adapter for each task, pushed away from the row spaces of the earlier ones; all are summed."
@@ -107,7 +107,7 @@ class OLoRAText(Orthogonal, LanguageAdapterMethod):
         super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers, max_prompt, max_answer)
         self.separate(lam)
 
-# %% ../../nbs/methods/08_subspaces.ipynb #82458daf
+# %% ../../nbs/methods/08_subspaces.ipynb #ee82bc9a
 @register
 class OLoRA(Orthogonal, AdapterMethod):
     "The same for images, whose loss is over the task's own classes."
@@ -123,7 +123,7 @@ def _complement(basis: torch.Tensor) -> torch.Tensor:  # (d, d - k)
     "An orthonormal basis of what is orthogonal to the k columns of another."
     return torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1]:]
 
-# %% ../../nbs/methods/08_subspaces.ipynb #516938be
+# %% ../../nbs/methods/08_subspaces.ipynb #97cfd75e
 class InputSpace:
     "The space of old tasks' inputs to a layer, kept as the smaller of two orthonormal bases: its own, or that of what is left (DualGPM)."
 
@@ -186,7 +186,7 @@ def input_moments(
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../../nbs/methods/08_subspaces.ipynb #588bd02e
+# %% ../../nbs/methods/08_subspaces.ipynb #9627898a
 @torch.no_grad()
 def _design(layer: LoRALinear, directions: torch.Tensor) -> None:
     "A of the first directions, for each part; B zero."
@@ -203,7 +203,7 @@ def _merge(layer: LoRALinear) -> None:
     layer.base.weight += layer.spread(layer.delta(torch.eye(layer.base.in_features).to(layer.base.weight))).T
     layer.lora_B.zero_()
 
-# %% ../../nbs/methods/08_subspaces.ipynb #6ef4e215
+# %% ../../nbs/methods/08_subspaces.ipynb #03f9abad
 @register
 class InfLoRA(AdapterMethod):
     "Train B alone, under an A whose rows old inputs do not reach; then merge both into the weights."
@@ -248,7 +248,7 @@ class InfLoRA(AdapterMethod):
 
     def extra(self): return {"dimensions_used": [space.used for space in self.spaces]}
 
-# %% ../../nbs/methods/08_subspaces.ipynb #020f099d
+# %% ../../nbs/methods/08_subspaces.ipynb #b8722b77
 @register
 class InfLoRAAligned(InfLoRA):
     "InfLoRA with the authors' classifier alignment: after each task the head is retrained on features sampled from all classes' moments."
