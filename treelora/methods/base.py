@@ -161,7 +161,8 @@ class Continuing(Remembering):
 # %% ../../nbs/methods/01_base.ipynb #3b8d6def
 def n_processes() -> int:
     "How many processes train together."
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
 
 # %% ../../nbs/methods/01_base.ipynb #33262076
 class Sharing(Continuing):
@@ -244,8 +245,11 @@ class VisionMethod(Method):
 # %% ../../nbs/methods/01_base.ipynb #50b94cf4
 def _places(depth: int, blocks: int, place: str) -> range:
     "The numbers of the blocks that get an adapter."
-    if place not in ("first", "last"): raise ValueError(f'place={place!r} must be "first" or "last": which blocks get an adapter.')
-    if not 0 < blocks <= depth: raise ValueError(f"blocks={blocks} must lie between 1 and the model's {depth} blocks.")
+    if place not in ("first", "last"):
+        raise ValueError(f'place={place!r} must be "first" or "last": which blocks get an '
+                         'adapter.')
+    if not 0 < blocks <= depth:
+        raise ValueError(f"blocks={blocks} must lie between 1 and the model's {depth} blocks.")
     return range(blocks) if place == "first" else range(depth - blocks, depth)
 
 # %% ../../nbs/methods/01_base.ipynb #c1c40edf

@@ -38,13 +38,15 @@ class TokenMethod(Method):
         max_prompt: int = 1024,  # tokens of a prompt, App. A.3
         max_answer: int = 512,  # tokens of an answer to learn, App. A.3
     ):
-        if not isinstance(model, PeftModel): model.requires_grad_(False)  # what a method trains, it adds
+        # what a method trains, it adds
+        if not isinstance(model, PeftModel): model.requires_grad_(False)
         super().__init__(model, n_tasks, seed)
         self.collate = Collator(tokenizer, max_prompt, max_answer)
         self.options = {"max_prompt": max_prompt, "max_answer": max_answer}
 
     @classmethod
-    def for_stream(cls, backbone, stream, seed=0, **options): return cls(*backbone, len(stream), seed, **options)
+    def for_stream(cls, backbone, stream, seed=0, **options):
+        return cls(*backbone, len(stream), seed, **options)
 
     @property
     def device(self) -> torch.device: return next(self.model.parameters()).device
@@ -71,7 +73,8 @@ class LanguageMethod(TokenMethod):
 
     def progress(self, stream, task, prepare):
         self.model.eval()
-        nll = [answer_nll(self.model, batch) for batch in prepare(stream.loader(task, "test", 32, collate=self.collate))]
+        nll = [answer_nll(self.model, batch)
+               for batch in prepare(stream.loader(task, "test", 32, collate=self.collate))]
         self.model.train()
         return torch.cat(nll).mean().neg().exp().item()
 
@@ -93,11 +96,14 @@ class AdaptedText(LanguageMethod):
         max_prompt: int = 1024,
         max_answer: int = 512,
     ):
-        adapted = model if isinstance(model, PeftModel) else add_adapters(model, r, alpha, dropout, target, seed, layers)
+        made = isinstance(model, PeftModel)
+        own = (r, alpha, dropout, target, seed, layers)
+        adapted = model if made else add_adapters(model, *own)
         super().__init__(adapted, tokenizer, n_tasks, seed, max_prompt, max_answer)
         self.layout = Layout(lora_layers(adapted))
         self.initial = self._adapter()
-        self.options |= {"r": r, "alpha": alpha, "dropout": dropout, "target": list(target), "layers": layers}
+        self.options |= {"r": r, "alpha": alpha, "dropout": dropout, "target": list(target),
+                         "layers": layers}
 
     def _adapter(self) -> torch.Tensor:  # (L, D), on the host
         "The adapter as it is now."
@@ -117,24 +123,30 @@ class LanguageAdapterMethod(AdaptedText):
     def below(self, batch):
         stack, start = stack_of(self.layout.names)
         inputs = {name: x for name, x in batch.items() if name != "labels"}
-        hidden = input_of(self.model.get_submodule(stack)[start], lambda: self.model(**inputs, use_cache=False))
+        hidden = input_of(self.model.get_submodule(stack)[start],
+                          lambda: self.model(**inputs, use_cache=False))
         lengths = batch["attention_mask"].sum(1).tolist()  # padding is on the left
-        return [{"hidden": h[-n:].cpu(), "labels": y[-n:].cpu()} for h, y, n in zip(hidden, batch["labels"], lengths)]
+        return [{"hidden": h[-n:].cpu(), "labels": y[-n:].cpu()}
+                for h, y, n in zip(hidden, batch["labels"], lengths)]
 
     def join(self, items):
-        hidden, labels = (pad_sequence([item[name] for item in items], True, fill, "left") for name, fill in (("hidden", 0.0), ("labels", IGNORED)))
-        mask = pad_sequence([torch.ones(len(item["labels"]), dtype=torch.long) for item in items], True, 0, "left")
-        return {"inputs_embeds": hidden, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": labels}
+        hidden, labels = (pad_sequence([item[name] for item in items], True, fill, "left")
+                          for name, fill in (("hidden", 0.0), ("labels", IGNORED)))
+        mask = pad_sequence([torch.ones(len(item["labels"]), dtype=torch.long)
+                             for item in items], True, 0, "left")
+        return {"inputs_embeds": hidden, "attention_mask": mask,
+                "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": labels}
 
 # %% ../../nbs/methods/04_language.ipynb #3c98d276
 class Memo:
-    "Answers that are known already: greedy decoding with a stored adapter gives the same answer to the same prompt."
+    """Answers that are known already: greedy decoding with a stored adapter gives the same
+    answer to the same prompt."""
 
     def __init__(self): self.known: dict = {}
 
     def __call__(
         self,
-        keys: Sequence,  # what an answer depends on, one a prompt
+        keys: Sequence,  # what an answer depends on, one per prompt
         prompts: Sequence[str],
         answer: Callable[[list[int]], list[str]],  # positions of prompts -> their answers
     ) -> list[str]:
@@ -147,13 +159,16 @@ class Memo:
 @register
 class SeqLoRA(LanguageAdapterMethod):
     "One adapter, trained on one task after the other; nothing else."
-    name, paper, year, stores = "seqlora", "Hu et al., ICLR 2022, task after task", 2022, "nothing"
+    name, paper, year = "seqlora", "Hu et al., ICLR 2022, task after task", 2022
+    stores = "nothing"
 
 # %% ../../nbs/methods/04_language.ipynb #ba074310
 @register
 class Alone(LanguageAdapterMethod):
-    "Each task from fresh weights, with an adapter of its own that the test is told to use: a ceiling without transfer, not a continual method."
-    name, paper, year, stores = "alone", "each task alone, task given (ceiling without transfer)", 0, "adapters, the task's identity"
+    """Each task from fresh weights, with an adapter of its own that the test is told to
+    use: a ceiling without transfer, not a continual method."""
+    name, paper, year = "alone", "each task alone, task given (ceiling without transfer)", 0
+    stores = "adapters, the task's identity"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -166,7 +181,11 @@ class Alone(LanguageAdapterMethod):
 
     def end_task(self, batches): self.adapters[self.trained] = self._adapter()
 
-    def predictor(self, task): return lambda prompts: self.memo([task.name] * len(prompts), prompts, lambda new: self._answer_as(task, [prompts[i] for i in new]))
+    def predictor(self, task):
+        def answer(prompts):
+            own = lambda new: self._answer_as(task, [prompts[i] for i in new])
+            return self.memo([task.name] * len(prompts), prompts, own)
+        return answer
 
     def _answer_as(self, task, prompts: list[str]) -> list[str]:
         "Answers under a task's own adapter."
@@ -180,13 +199,16 @@ class Alone(LanguageAdapterMethod):
 # %% ../../nbs/methods/04_language.ipynb #21c68451
 @register
 class FIX(LanguageMethod):
-    "No training: six examples of the task stand before each prompt (in-context learning, Tab. 3)."
-    name, paper, year, stores, trains = "fix", "six examples in the prompt, task given", 2020, "six examples a task", False
+    """No training: six examples of the task stand before each prompt (in-context learning,
+    Tab. 3)."""
+    name, paper, year = "fix", "six examples in the prompt, task given", 2020
+    stores, trains = "six examples a task", False
     shots = 6
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cut, self.collate = self.collate, None  # the examples themselves are wanted, not tokens
+        # the examples themselves are wanted, not tokens
+        self.cut, self.collate = self.collate, None
         self.examples, self.memo = {}, Memo()
 
     def begin_task(self, tasks, name, rounds, epoch):
@@ -194,16 +216,25 @@ class FIX(LanguageMethod):
         self.shown = name
 
     def end_task(self, batches):
-        self.examples[self.shown] = [example for batch in batches for example in batch][:self.shots]
+        self.examples[self.shown] = [example for batch in batches
+                                     for example in batch][:self.shots]
 
-    def predictor(self, task): return lambda prompts: self.memo([task.name] * len(prompts), prompts, lambda new: self._complete(task, [prompts[i] for i in new]))
+    def predictor(self, task):
+        def answer(prompts):
+            own = lambda new: self._complete(task, [prompts[i] for i in new])
+            return self.memo([task.name] * len(prompts), prompts, own)
+        return answer
 
     def _complete(self, task, prompts: list[str]) -> list[str]:
         "Answers after the task's examples."
         before = "\n\n".join(e.prompt + e.answer for e in self.examples[task.name])
-        return [_first_paragraph(text) for text in generate(self.model, self.cut, [f"{before}\n\n{p}" for p in prompts], task.max_answer)]
+        return [_first_paragraph(text)
+                for text in generate(self.model, self.cut,
+                                     [f"{before}\n\n{p}" for p in prompts], task.max_answer)]
 
-    def stored(self): return {"examples": sum(len((e.prompt + e.answer).encode()) for examples in self.examples.values() for e in examples)}
+    def stored(self):
+        return {"examples": sum(len((e.prompt + e.answer).encode())
+                                for examples in self.examples.values() for e in examples)}
 
 
 def _first_paragraph(text: str) -> str:
@@ -215,8 +246,11 @@ class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
     "TreeLoRA around a language model."
     year, stores = 2025, "adapters, signatures"
 
-    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1, target=("q_proj", "v_proj"), layers=None, max_prompt=1024, max_answer=512, **changes):
-        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers, max_prompt, max_answer)
+    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1,
+                 target=("q_proj", "v_proj"), layers=None, max_prompt=1024, max_answer=512,
+                 **changes):
+        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers,
+                         max_prompt, max_answer)
         self.memo = Memo()
         self.plant(changes)
 
@@ -224,29 +258,35 @@ class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
         if self.tl.inference == "routed":
             for batch in batches: self.tl.record_features(prompt_features(self.model, batch))
         super().end_task(batches)
-        if self.tl.tree.budget is not None: self.memo = Memo()  # a merge may have changed stored adapters
+        # a merge may have changed stored adapters
+        if self.tl.tree.budget is not None: self.memo = Memo()
 
     def export(self, folder):
         super().export(folder)
         merged = self.tl.tree.budget is not None  # then older adapters may have changed
         for i, name in enumerate(self.tl.bank.names):
             own = folder / "adapters" / f"{i + 1:03d}-{_as_file(name)}"
-            if merged or not own.exists(): write_peft(self.model, own, self._named(self.tl.bank.adapter(name)))
+            if merged or not own.exists():
+                write_peft(self.model, own, self._named(self.tl.bank.adapter(name)))
 
     def _named(self, adapter: torch.Tensor) -> dict[str, torch.Tensor]:
         "An (L, D) adapter as the model's parameters, by name."
         names = {id(p): n for n, p in self.model.named_parameters()}
-        return {names[id(p)]: x for p, x in zip(self.layout.params, self.layout.views(adapter))}
+        return {names[id(p)]: x
+                for p, x in zip(self.layout.params, self.layout.views(adapter))}
 
     def predict(self, inputs, max_answer=64):
         if self.tl.inference == "latest": return super().predict(inputs, max_answer)
         prompts = {name: x.to(self.device) for name, x in self.collate.prompt(inputs).items()}
         tasks = self.tl.route(prompt_features(self.model, prompts))
-        return self.memo(tasks.tolist(), inputs, lambda new: self._answer_by(tasks[new], [inputs[i] for i in new], max_answer))
+        own = lambda new: self._answer_by(tasks[new], [inputs[i] for i in new], max_answer)
+        return self.memo(tasks.tolist(), inputs, own)
 
-    def _answer_by(self, tasks: torch.Tensor, prompts: list[str], max_answer: int) -> list[str]:
+    def _answer_by(self, tasks: torch.Tensor, prompts: list[str],
+                   max_answer: int) -> list[str]:
         "Answers of a batch whose rows belong to different tasks."
-        with self.tl.serving(tasks): return generate(self.model, self.collate, prompts, max_answer)
+        with self.tl.serving(tasks):
+            return generate(self.model, self.collate, prompts, max_answer)
 
 
 def _as_file(name: str) -> str:
@@ -270,16 +310,20 @@ class TreeLoRAAuthorsText(TreeLanguageMethod):
 
 @register
 class TreeLoRARoutedText(TreeLoRAPaperText):
-    "The paper's training; each prompt is answered by the adapter of the task that its un-adapted features point to."
-    name, paper, stores = "treelora-routed", "Qian et al., ICML 2025, with routed inference", "adapters, signatures, feature means"
+    """The paper's training; each prompt is answered by the adapter of the task that its
+    un-adapted features point to."""
+    name, paper = "treelora-routed", "Qian et al., ICML 2025, with routed inference"
+    stores = "adapters, signatures, feature means"
     settings = TreeLoRAPaperText.settings | {"inference": "routed"}
 
 # %% ../../nbs/methods/04_language.ipynb #bbae4b84
 @register
 class TreeLoRABranchText(TreeLoRARoutedText):
-    "This project's form: start from the branch, stay near it by prox, route by un-adapted features."
+    """This project's form: start from the branch, stay near it by prox, route by un-adapted
+    features."""
     name, paper = "treelora-branch", "this project"
-    settings = VARIANTS["branch"] | {"depth": 64, "lam": 0.05, "root": "output", "search_options": {"c": 1.0}}
+    settings = VARIANTS["branch"] | {"depth": 64, "lam": 0.05, "root": "output",
+                                     "search_options": {"c": 1.0}}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -294,7 +338,8 @@ class TreeLoRABranchText(TreeLoRARoutedText):
 
     @torch.no_grad()
     def _judge(self, i: int, source: Iterator, kept: list) -> torch.Tensor:
-        "The i-th batch's loss under the model as it is; batches are fetched when they are first wanted."
+        """The i-th batch's loss under the model as it is; batches are fetched when they are
+        first wanted."""
         kept += islice(source, max(0, i + 1 - len(kept)))
         return answer_loss(self.model, kept[i])
 

@@ -32,10 +32,12 @@ def write_(
     vector: torch.Tensor,  # (P,)
 ) -> None:
     "Copy a vector back."
-    torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in tensors]), tensors)])
+    parts = vector.split([x.numel() for x in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(x) for part, x in zip(parts, tensors)])
 
 # %% ../../nbs/methods/05_replay.ipynb #ce926758
-Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (n, k, V), labels (n, k) -> (n,)
+# logits (n, k, V), labels (n, k) -> (n,)
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def negative_log_likelihood(
@@ -43,7 +45,8 @@ def negative_log_likelihood(
     labels: torch.Tensor,  # (n, k)
 ) -> torch.Tensor:  # (n,), summed over a row's answers
     "The training loss of each row."
-    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED,
+                           reduction="none").sum(1)
 
 
 def true_logits(
@@ -56,9 +59,11 @@ def true_logits(
 
 # %% ../../nbs/methods/05_replay.ipynb #5e624313
 class GroupGradients:
-    "What a method, of vision or language, needs to see the gradients of single examples or groups of them."
+    """What a method, of vision or language, needs to see the gradients of single examples
+    or groups of them."""
 
-    def prepare_ahead(self): Method.prepare_ahead(self)  # examples are kept, and looked at again, as they are
+    # examples are kept, and looked at again, as they are
+    def prepare_ahead(self): Method.prepare_ahead(self)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -73,7 +78,8 @@ class GroupGradients:
         "Examples as a batch."
         raise TypeError(f"{type(self).__name__} must define pack.")
 
-    def answers(self, batch, copies: Sequence[torch.Tensor], which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
+    def answers(self, batch, copies: Sequence[torch.Tensor],
+                which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
         "Logits and labels of a batch whose row i runs under copy which[i] of what trains."
         raise TypeError(f"{type(self).__name__} must define answers.")
 
@@ -84,11 +90,14 @@ class GroupGradients:
         n_groups: int,
         score: Score = negative_log_likelihood,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (n_groups, P) and (n_groups,)
-        "The gradient of each group's total score, and how many answers each group has, from one forward and one backward pass."
-        copies = [p.detach().expand(n_groups, *p.shape).clone().requires_grad_() for p in self.trained]
+        """The gradient of each group's total score, and how many answers each group has,
+        from one forward and one backward pass."""
+        copies = [p.detach().expand(n_groups, *p.shape).clone().requires_grad_()
+                  for p in self.trained]
         logits, labels = self.answers(batch, copies, which)
         grads = torch.autograd.grad(score(logits, labels).sum(), copies)
-        counts = torch.zeros(n_groups, device=labels.device).index_add_(0, which, (labels != IGNORED).sum(1).float())
+        given = (labels != IGNORED).sum(1).float()
+        counts = torch.zeros(n_groups, device=labels.device).index_add_(0, which, given)
         return torch.cat([g.flatten(1) for g in grads], 1), counts
 
 # %% ../../nbs/methods/05_replay.ipynb #ae280336
@@ -101,23 +110,30 @@ class ImageGradients(GroupGradients):
     "Group gradients for `AdapterMethod`."
 
     @property
-    def trained(self): return [*self.layout.params, self.model.head.weight, self.model.head.bias]
+    def trained(self):
+        return [*self.layout.params, self.model.head.weight, self.model.head.bias]
 
-    def split(self, batch): return [(image.clone(), label.clone()) for image, label in zip(*batch)]  # a view would keep its whole batch alive
+    def split(self, batch):
+        # a view would keep its whole batch alive
+        return [(image.clone(), label.clone()) for image, label in zip(*batch)]
 
     def pack(self, examples): return tuple(torch.stack(x) for x in zip(*examples))
 
     def answers(self, batch, copies, which):
         images, labels = batch
         *adapters, weight, bias = copies
-        with row_adapters(self.model, self.layout.names, _pairs(adapters), which): x = features(self.model, images)
+        with row_adapters(self.model, self.layout.names, _pairs(adapters), which):
+            x = features(self.model, images)
         logits = torch.einsum("nf,ncf->nc", x, weight[which]) + bias[which]
-        return logits.masked_fill(~self.allowed(labels), float("-inf"))[:, None], labels[:, None]
+        logits = logits.masked_fill(~self.allowed(labels), float("-inf"))
+        return logits[:, None], labels[:, None]
 
     def allowed(self, labels: torch.Tensor) -> torch.Tensor:  # (n, C) of bool
         "The classes that count in each row's loss: those of its task, or all seen."
-        own = torch.zeros(self.model.head.out_features, self.model.head.out_features, dtype=torch.bool)
-        for group in self.classes if self.wtp else [self.seen]: own[torch.tensor(group)[:, None], torch.tensor(group)] = True
+        n = self.model.head.out_features
+        own = torch.zeros(n, n, dtype=torch.bool)
+        for group in self.classes if self.wtp else [self.seen]:
+            own[torch.tensor(group)[:, None], torch.tensor(group)] = True
         return own.to(labels.device)[labels]
 
 # %% ../../nbs/methods/05_replay.ipynb #3ecb70bf
@@ -128,17 +144,22 @@ class TextGradients(GroupGradients):
     def trained(self): return self.layout.params
 
     def split(self, batch):
-        rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"].sum(1).tolist())
+        rows = zip(batch["input_ids"], batch["labels"],
+                   batch["attention_mask"].sum(1).tolist())
         return [torch.stack([ids[-n:], labels[-n:]]).int() for ids, labels, n in rows]
 
     def pack(self, examples):
         n = torch.tensor([x.shape[1] for x in examples], device=examples[0].device)
-        both = pad_sequence([x.T.long() for x in examples], batch_first=True, padding_value=IGNORED, padding_side="left")
-        mask = (torch.arange(both.shape[1], device=n.device) >= both.shape[1] - n[:, None]).long()
-        return {"input_ids": both[..., 0].clamp(min=0), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": both[..., 1]}
+        both = pad_sequence([x.T.long() for x in examples], batch_first=True,
+                            padding_value=IGNORED, padding_side="left")
+        width = both.shape[1]
+        mask = (torch.arange(width, device=n.device) >= width - n[:, None]).long()
+        return {"input_ids": both[..., 0].clamp(min=0), "attention_mask": mask,
+                "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "labels": both[..., 1]}
 
     def answers(self, batch, copies, which):
-        with row_adapters(self.model, self.layout.names, _pairs(copies), which): return answer_logits(self.model, batch)
+        with row_adapters(self.model, self.layout.names, _pairs(copies), which):
+            return answer_logits(self.model, batch)
 
 # %% ../../nbs/methods/05_replay.ipynb #c009bf06
 def nonnegative_qp(
@@ -148,8 +169,10 @@ def nonnegative_qp(
     "The minimiser of v'Mv/2 + q'v over v >= 0, exactly. Raises ValueError when there is none."
     M, q = M.double(), q.double()
     if not (M.isfinite().all() and q.isfinite().all()):
-        raise ValueError("The quadratic programme has no solution: a gradient is not finite; lower the learning rate, or look at the batch.")
-    unit = torch.where(M.diagonal() > 0, M.diagonal(), 1.0).sqrt()  # small and large gradients count alike
+        raise ValueError("The quadratic programme has no solution: a gradient is not finite; "
+                         "lower the learning rate, or look at the batch.")
+    # small and large gradients count alike
+    unit = torch.where(M.diagonal() > 0, M.diagonal(), 1.0).sqrt()
     M, q = M / unit / unit[:, None], q / unit
     v, free = torch.zeros_like(q), torch.zeros_like(q, dtype=torch.bool)
     for _ in range(10 * len(q) + 1):
@@ -157,14 +180,18 @@ def nonnegative_qp(
         if descent.max() <= 1e-9 * q.abs().max(): return v / unit
         free[descent.argmax()] = True
         v = _solve_free(M, q, v, free)
-    raise ValueError("The quadratic programme has no solution: its matrix has a negative eigenvalue, or the objective falls without end.")
+    raise ValueError("The quadratic programme has no solution: its matrix has a negative "
+                     "eigenvalue, or the objective falls without end.")
 
 
-def _solve_free(M: torch.Tensor, q: torch.Tensor, v: torch.Tensor, free: torch.Tensor) -> torch.Tensor:  # (n,)
-    "The minimiser over the free coordinates; those that would become negative are set to zero and held (`free` changes)."
+def _solve_free(M: torch.Tensor, q: torch.Tensor, v: torch.Tensor,
+                free: torch.Tensor) -> torch.Tensor:  # (n,)
+    """The minimiser over the free coordinates; those that would become negative are set to
+    zero and held (`free` changes)."""
     while free.any():
         goal = torch.zeros_like(v)
-        goal[free] = torch.linalg.lstsq(M[free][:, free], -q[free, None], driver="gelsd").solution[:, 0]
+        goal[free] = torch.linalg.lstsq(M[free][:, free], -q[free, None],
+                                        driver="gelsd").solution[:, 0]
         low = free & (goal <= 0)
         if not low.any(): return goal
         steps = torch.where(low, v / (v - goal).clamp(min=1e-300), torch.inf)
@@ -179,9 +206,13 @@ def gem_project(
     G: torch.Tensor,  # (K, P) gradients of the earlier tasks
     strength: float = 0.0,  # lower bound of the dual's unknowns
 ) -> torch.Tensor:  # (P,)
-    "The nearest gradient that raises no earlier loss to first order (Lopez-Paz & Ranzato 2017, Eq. 8-11). Raises ValueError when there is none."
+    """The nearest gradient that raises no earlier loss to first order (Lopez-Paz & Ranzato
+    2017, Eq. 8-11).
+
+    Raises ValueError when there is none."""
     wide = G.double()
-    inner = (wide @ torch.cat([wide.T, g.double()[:, None]], 1)).cpu()  # the one transfer of a step: K rows of K + 1 numbers
+    # the one transfer of a step: K rows of K + 1 numbers
+    inner = (wide @ torch.cat([wide.T, g.double()[:, None]], 1)).cpu()
     M, q = inner[:, :-1], inner[:, -1]
     if (q >= 0).all(): return g
     v = nonnegative_qp(M, q + strength * M.sum(1)) + strength
@@ -207,22 +238,27 @@ class WithMemory:
     ):
         self.sample = self.sample if sample is None else sample
         at_least("memory", memory, 1, "GEM constrains each step by stored examples.")
-        at_least("sample", self.sample, 1, "GEM needs an example of each earlier task in a step.")
+        why = "GEM needs an example of each earlier task in a step."
+        at_least("sample", self.sample, 1, why)
         at_least("strength", strength, 0, "the dual's unknowns cannot be negative.")
         super().__init__(*args, **kwargs)
-        self.memory, self.strength, self.memories, self.rng = memory, strength, [], torch.Generator().manual_seed(self.seed)
+        self.memory, self.strength, self.memories = memory, strength, []
+        self.rng = torch.Generator().manual_seed(self.seed)
         self.options |= {"memory": memory, "strength": strength, "sample": self.sample}
 
     def _pick(self, examples: list, n: int) -> list:
         "At most n examples at random."
-        return [examples[i] for i in torch.randperm(len(examples), generator=self.rng)[:n].tolist()]
+        return [examples[i]
+                for i in torch.randperm(len(examples), generator=self.rng)[:n].tolist()]
 
     def memory_gradients(self) -> torch.Tensor:  # (K, P)
         "Mean gradient of a batch of each earlier task's memory."
         drawn = [self._pick(examples, self.sample) for examples in self.memories]
         batch = self.pack([x for examples in drawn for x in examples])
-        which = torch.arange(len(drawn)).repeat_interleave(torch.tensor([len(x) for x in drawn]))
-        total, counts = self.group_gradients(batch, which.to(self.trained[0].device), len(drawn))
+        sizes = torch.tensor([len(x) for x in drawn])
+        which = torch.arange(len(drawn)).repeat_interleave(sizes)
+        total, counts = self.group_gradients(batch, which.to(self.trained[0].device),
+                                             len(drawn))
         return total / counts[:, None]
 
     def after_backward(self, batch, loss):
@@ -231,10 +267,14 @@ class WithMemory:
         write_(grads, gem_project(flat(grads), self.memory_gradients(), self.strength))
 
     def end_task(self, batches):
-        self.memories.append(self._pick([x for batch in batches for x in self.split(batch)], self.memory))
+        self.memories.append(self._pick([x for batch in batches for x in self.split(batch)],
+                                        self.memory))
         super().end_task(batches)
 
-    def stored(self): return super().stored() | {"examples": sum(tensor_bytes(x if isinstance(x, tuple) else [x]) for kept in self.memories for x in kept)}
+    def stored(self):
+        examples = [x for kept in self.memories for x in kept]
+        size = sum(tensor_bytes(x if isinstance(x, tuple) else [x]) for x in examples)
+        return super().stored() | {"examples": size}
 
 # %% ../../nbs/methods/05_replay.ipynb #7db0b91d
 @register
@@ -246,7 +286,8 @@ class GEM(WithMemory, ImageGradients, AdapterMethod):
 @register
 class GEMText(WithMemory, TextGradients, LanguageAdapterMethod):
     "The same for a language model."
-    name, paper, year, stores, sample = "gem", "Lopez-Paz & Ranzato, NeurIPS 2017", 2017, "examples", 8
+    name, paper, year = "gem", "Lopez-Paz & Ranzato, NeurIPS 2017", 2017
+    stores, sample = "examples", 8
 
 # %% ../../nbs/methods/05_replay.ipynb #2a7882a3
 class Directions:
@@ -257,7 +298,7 @@ class Directions:
     def add(
         self,
         G: torch.Tensor,  # (n, P) gradients
-        least: float = 1e-3,  # what is left of a gradient, as a share of it, must be more than this to count as a new direction
+        least: float = 1e-3,  # the share of a gradient that must be new for it to count
     ) -> None:
         "Take in what is new about some gradients."
         size = G.norm(dim=1)
@@ -306,21 +347,27 @@ class WithDirections:
     def end_task(self, batches):
         super().end_task(batches)
         examples = [x for batch in batches for x in self.split(batch)]
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed * 1000 + self.task))[:self.directions]
+        g = torch.Generator().manual_seed(self.seed * 1000 + self.task)
+        order = torch.randperm(len(examples), generator=g)[:self.directions]
         for part in order.split(self.chunk):
-            batch, which = self.pack([examples[i] for i in part.tolist()]), torch.arange(len(part), device=self.trained[0].device)
+            batch = self.pack([examples[i] for i in part.tolist()])
+            which = torch.arange(len(part), device=self.trained[0].device)
             self.kept.add(self.group_gradients(batch, which, len(part), true_logits)[0])
 
-    def stored(self): return super().stored() | ({} if self.kept.Q is None else {"directions": tensor_bytes([self.kept.Q])})
+    def stored(self):
+        return super().stored() | ({} if self.kept.Q is None
+                                   else {"directions": tensor_bytes([self.kept.Q])})
 
 # %% ../../nbs/methods/05_replay.ipynb #7ebd96d8
 @register
 class OGD(WithDirections, ImageGradients, AdapterMethod):
     "Steps are orthogonal to the gradients of earlier tasks' right logits."
-    name, paper, year, stores, wtp = "ogd", "Farajtabar et al., AISTATS 2020", 2020, "gradient directions", True
+    name, paper, year = "ogd", "Farajtabar et al., AISTATS 2020", 2020
+    stores, wtp = "gradient directions", True
 
 
 @register
 class OGDText(WithDirections, TextGradients, LanguageAdapterMethod):
     "The same for a language model."
-    name, paper, year, stores, directions = "ogd", "Farajtabar et al., AISTATS 2020", 2020, "gradient directions", 20
+    name, paper, year = "ogd", "Farajtabar et al., AISTATS 2020", 2020
+    stores, directions = "gradient directions", 20

@@ -26,8 +26,10 @@ from ..signature import Layout
 # %% ../../nbs/methods/09_selection.ipynb #8b80625a
 @register
 class HiDeLoRAText(LanguageAdapterMethod):
-    "HiDe's decomposition with LoRA: a prompt is answered by the adapter of the task that its un-adapted features point to."
-    name, paper, year, stores = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023, "adapters, feature moments"
+    """HiDe's decomposition with LoRA: a prompt is answered by the adapter of the task that
+    its un-adapted features point to."""
+    name, paper, year = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023
+    stores = "adapters, feature moments"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -36,7 +38,9 @@ class HiDeLoRAText(LanguageAdapterMethod):
 
     def end_task(self, batches):
         self.model.eval()
-        for batch in batches: self.stats.update(prompt_features(self.model, batch), [len(self.bank)] * len(batch["labels"]))
+        for batch in batches:
+            tasks = [len(self.bank)] * len(batch["labels"])
+            self.stats.update(prompt_features(self.model, batch), tasks)
         self.bank.append(self._adapter())
 
     def abort_task(self): self._put(self.bank[-1] if self.bank else self.initial)
@@ -45,20 +49,28 @@ class HiDeLoRAText(LanguageAdapterMethod):
         self,
         prompts: Sequence[str],
     ) -> torch.Tensor:  # (n,) positions of tasks
-        "The task of each prompt, from its un-adapted features. Raises ValueError before a task has been learned."
-        if not self.bank: raise ValueError("hidelora has no adapter to answer with, because no task has been learned; train on one first.")
+        """The task of each prompt, from its un-adapted features.
+
+        Raises ValueError before a task has been learned."""
+        if not self.bank:
+            raise ValueError("hidelora has no adapter to answer with, because no task has "
+                             "been learned; train on one first.")
         batch = {name: x.to(self.device) for name, x in self.collate.prompt(prompts).items()}
         return self.stats.distances(prompt_features(self.model, batch)).argmin(1)
 
     def predict(self, inputs, max_answer=64):
         tasks = self.identify(inputs)
-        return self.memo([(task, max_answer) for task in tasks.tolist()], inputs, lambda new: self._answer(tasks[new], [inputs[i] for i in new], max_answer))
+        keys = [(task, max_answer) for task in tasks.tolist()]
+        own = lambda new: self._answer(tasks[new], [inputs[i] for i in new], max_answer)
+        return self.memo(keys, inputs, own)
 
     def _answer(self, tasks: torch.Tensor, prompts: list[str], max_answer: int) -> list[str]:
         "Answers of a batch, each prompt under its own task's adapter."
         used, which = tasks.unique(return_inverse=True)
-        pairs = self.layout.pairs(torch.stack([self.bank[k] for k in used.tolist()]).to(self.device))
-        with row_adapters(self.model, self.layout.names, pairs, which.to(self.device)): return generate(self.model, self.collate, prompts, max_answer)
+        adapters = torch.stack([self.bank[k] for k in used.tolist()])
+        pairs = self.layout.pairs(adapters.to(self.device))
+        with row_adapters(self.model, self.layout.names, pairs, which.to(self.device)):
+            return generate(self.model, self.collate, prompts, max_answer)
 
     def stored(self):
         moments = [*self.stats.means.values(), self.stats.scatter] if self.bank else []
@@ -75,11 +87,16 @@ class SharedAttention(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        if hidden < 1: raise ValueError(f"The query projection needs a width of at least 1, not hidden={hidden}.")
-        self.width, self.rng, self.keys = width, torch.Generator().manual_seed(seed), nn.ParameterList()
+        if hidden < 1:
+            raise ValueError("The query projection needs a width of at least 1, not "
+                             f"hidden={hidden}.")
+        self.width, self.keys = width, nn.ParameterList()
+        self.rng = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.query = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False), nn.SiLU(), nn.LayerNorm(width))
+            self.query = nn.Sequential(nn.Linear(width, hidden, bias=False),
+                                       nn.Linear(hidden, width, bias=False), nn.SiLU(),
+                                       nn.LayerNorm(width))
 
     def add_task(self) -> None:
         "A new task's key; the earlier keys are frozen."
@@ -96,10 +113,16 @@ class SharedAttention(nn.Module):
         self,
         pooled: torch.Tensor,  # (n, width), from `prompt_peaks`
     ) -> torch.Tensor:  # (n, tasks so far), each row sums to 1
-        "The weight of each task's block for each input. Raises ValueError before there is a key."
-        if not len(self.keys): raise ValueError("sapt has no key to attend to, because no task has begun; train on one first.")
-        with torch.autocast(pooled.device.type, enabled=False):  # the same weights in training and at test time, whatever the precision
-            return (self.query(pooled) @ torch.stack(list(self.keys)).T / math.sqrt(self.width)).softmax(1)
+        """The weight of each task's block for each input.
+
+        Raises ValueError before there is a key."""
+        if not len(self.keys):
+            raise ValueError("sapt has no key to attend to, because no task has begun; train "
+                             "on one first.")
+        # the same weights in training and at test time, whatever the precision
+        with torch.autocast(pooled.device.type, enabled=False):
+            products = self.query(pooled) @ torch.stack(list(self.keys)).T
+            return (products / math.sqrt(self.width)).softmax(1)
 
 # %% ../../nbs/methods/09_selection.ipynb #ff0f50ad
 @torch.no_grad()
@@ -107,8 +130,10 @@ def prompt_peaks(
     model: nn.Module,  # a causal language model
     batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without
 ) -> torch.Tensor:  # (n, width), float32
-    "The largest value of each coordinate of the prompt tokens' embeddings, which no adapter has touched."
-    prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED if "labels" in batch else True)
+    """The largest value of each coordinate of the prompt tokens' embeddings, which no
+    adapter has touched."""
+    asked = batch["labels"] == IGNORED if "labels" in batch else True
+    prompt = batch["attention_mask"].bool() & asked
     embedded = model.get_input_embeddings()(batch["input_ids"]).float()
     return embedded.masked_fill(~prompt[..., None], -math.inf).amax(1)
 
@@ -121,15 +146,19 @@ def side_by_side(
 ) -> list[Pair]:  # for each layer A (K r, in) and B (out, K r); an empty list for no adapters
     "Several adapters as one wide one."
     if not adapters: return []
-    return [(A.flatten(0, 1).to(device, dtype), B.transpose(0, 1).flatten(1).to(device, dtype)) for A, B in layout.pairs(torch.stack(list(adapters)))]
+    return [(A.flatten(0, 1).to(device, dtype),
+             B.transpose(0, 1).flatten(1).to(device, dtype))
+            for A, B in layout.pairs(torch.stack(list(adapters)))]
 
 # %% ../../nbs/methods/09_selection.ipynb #db90e72e
-def _scaled(module: nn.Module, args: tuple, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _scaled(module: nn.Module, args: tuple, output: torch.Tensor,
+            weight: torch.Tensor) -> torch.Tensor:
     "The trained block's output, times each row's weight for it."
     return output * weight.to(output.dtype)
 
 
-def _blocks_added(module: nn.Module, args: tuple, output: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _blocks_added(module: nn.Module, args: tuple, output: torch.Tensor, A: torch.Tensor,
+                  B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     "A layer's output, plus each row's mixture of the frozen blocks."
     x = args[0].to(A.dtype)
     low = nn.functional.linear(x, A)
@@ -141,17 +170,25 @@ def mixture(
     model: PeftModel,
     names: Sequence[str],  # of the adapted layers
     earlier: Sequence[Pair],  # from `side_by_side`, K - 1 tasks
-    weights: torch.Tensor,  # (n, K) of each row of the batches to come; the last is for the model's own adapter
+    weights: torch.Tensor,  # (n, K), of each row; the last one for the model's own adapter
     adapter: str = "default",  # PEFT's name of it
 ) -> Iterator[PeftModel]:
-    "The model with each row's own mixture of adapters. Raises ValueError when there is not one weight for each adapter."
+    """The model with each row's own mixture of adapters.
+
+    Raises ValueError when there is not one weight for each adapter."""
     modules = [model.get_submodule(name) for name in names]
     r = modules[0].r[adapter]
     known = 1 + (len(earlier[0][0]) // r if earlier else 0)
-    if weights.shape[1] != known: raise ValueError(f"There are {known} adapters to mix, but {weights.shape[1]} weights for each row.")
+    if weights.shape[1] != known:
+        raise ValueError(f"There are {known} adapters to mix, but {weights.shape[1]} weights "
+                         "for each row.")
     own, spread = weights[:, -1, None, None], weights[:, None, :-1].repeat_interleave(r, 2)
-    hooks = [module.lora_B[adapter].register_forward_hook(partial(_scaled, weight=own)) for module in modules]
-    hooks += [module.register_forward_hook(partial(_blocks_added, A=A, B=B, weights=module.scaling[adapter] * spread)) for module, (A, B) in zip(modules, earlier)]
+    hooks = [module.lora_B[adapter].register_forward_hook(partial(_scaled, weight=own))
+             for module in modules]
+    for module, (A, B) in zip(modules, earlier):
+        scaled = module.scaling[adapter] * spread
+        added = partial(_blocks_added, A=A, B=B, weights=scaled)
+        hooks.append(module.register_forward_hook(added))
     try: yield model
     finally:
         for hook in hooks: hook.remove()
@@ -161,22 +198,28 @@ def _check_linear(name: str, module: nn.Module, adapter: str = "default") -> Non
     "Raise ValueError for a layer whose blocks cannot be mixed by row."
     found = getattr(module, "lora_B", {})
     if adapter not in found or not isinstance(found[adapter], nn.Linear):
-        raise ValueError(f"sapt mixes linear LoRA layers only, but {name} is a {type(module).__name__}; leave it out of target=.")
+        raise ValueError(f"sapt mixes linear LoRA layers only, but {name} is a "
+                         f"{type(module).__name__}; leave it out of target=.")
 
 # %% ../../nbs/methods/09_selection.ipynb #b93635ad
 class Mixed(LanguageAdapterMethod):
-    "A language model whose prompts weigh the blocks of all tasks, in training as at test time."
+    """A language model whose prompts weigh the blocks of all tasks, in training as at test
+    time."""
 
     def __init__(self, *args, hidden: int = 100, pace: float = 0.05, **kwargs):
-        if not 0 < pace <= 1: raise ValueError(f"pace={pace}, the attention's learning rate as a share of the adapters', must be above 0 and at most 1.")
+        if not 0 < pace <= 1:
+            raise ValueError(f"pace={pace}, the attention's learning rate as a share of the "
+                             "adapters', must be above 0 and at most 1.")
         super().__init__(*args, **kwargs)
         for name in self.layout.names: _check_linear(name, self.model.get_submodule(name))
-        self.attention = SharedAttention(self.model.get_input_embeddings().weight.shape[1], hidden, self.seed)
+        self.attention = SharedAttention(self.model.get_input_embeddings().weight.shape[1],
+                                         hidden, self.seed)
         self.pace, self.start = pace, None
         self.options |= {"hidden": hidden, "pace": pace}
         self.bank: list[torch.Tensor] = []  # (L, D) blocks of the tasks that were learned
         self.earlier: list[Pair] = []  # those before the present one, side by side
-        self.attended: list[list[float]] = []  # after each task, the mean weights of its own training prompts
+        # after each task, the mean weights of its own training prompts
+        self.attended: list[list[float]] = []
 
     def _hold(self, earlier: list[torch.Tensor], own: torch.Tensor) -> None:
         "Put a block into the model, and earlier ones beside it."
@@ -191,7 +234,8 @@ class Mixed(LanguageAdapterMethod):
         return self.attention(prompt_peaks(self.model, batch))
 
     def mixed(self, weights: torch.Tensor):
-        "A context: the model with these weights (n, tasks so far) for the rows of the batches to come."
+        """A context: the model with these weights (n, tasks so far) for the rows of the
+        batches to come."""
         return mixture(self.model, self.layout.names, self.earlier, weights)
 
     def loss(self, batch):
@@ -204,7 +248,8 @@ class Mixed(LanguageAdapterMethod):
 
     def progress(self, stream, task, prepare):
         self.model.eval()
-        nll = [self._nll(batch) for batch in prepare(stream.loader(task, "test", 32, collate=self.collate))]
+        nll = [self._nll(batch)
+               for batch in prepare(stream.loader(task, "test", 32, collate=self.collate))]
         self.model.train()
         return torch.cat(nll).mean().neg().exp().item()
 
@@ -216,22 +261,27 @@ class Mixed(LanguageAdapterMethod):
 # %% ../../nbs/methods/09_selection.ipynb #4b86a070
 @register
 class SAPT(Mixed):
-    "A block and a key for each task, mixed by attention in training and at test time; without generative replay."
-    name, paper, year, stores = "sapt", "Zhao et al., ACL 2024, without generative replay", 2024, "adapters, keys, query projection"
+    """A block and a key for each task, mixed by attention in training and at test time;
+    without generative replay."""
+    name, paper, year = "sapt", "Zhao et al., ACL 2024, without generative replay", 2024
+    stores = "adapters, keys, query projection"
 
     def parameters(self): return super().parameters() + self._attention_trained()
 
-    def prepare_ahead(self): Method.prepare_ahead(self)  # its attention reads the embedded prompt
+    # its attention reads the embedded prompt
+    def prepare_ahead(self): Method.prepare_ahead(self)
 
     def _attention_trained(self) -> list[nn.Parameter]:
         "The query projection and the present key."
         return [p for p in self.attention.parameters() if p.requires_grad]
 
-    def after_backward(self, batch, loss): self.start = [p.detach().clone() for p in self._attention_trained()]
+    def after_backward(self, batch, loss):
+        self.start = [p.detach().clone() for p in self._attention_trained()]
 
     @torch.no_grad()
     def after_step(self):
-        if self.start is not None: torch._foreach_lerp_(self._attention_trained(), self.start, 1 - self.pace)
+        if self.start is not None:
+            torch._foreach_lerp_(self._attention_trained(), self.start, 1 - self.pace)
         self.start = None  # a step that is left out is not followed by a second way back
 
     def begin_task(self, tasks, name, rounds, epoch):
@@ -246,31 +296,40 @@ class SAPT(Mixed):
     @torch.no_grad()
     def end_task(self, batches):
         self.bank.append(self._adapter())
-        self.attended.append(torch.cat([self.weights(batch) for batch in batches]).mean(0).tolist())
+        weights = torch.cat([self.weights(batch) for batch in batches])
+        self.attended.append(weights.mean(0).tolist())
 
     def stored(self):
-        return {"adapters": tensor_bytes(self.bank), "keys": tensor_bytes(self.attention.keys), "query projection": tensor_bytes(self.attention.query.parameters())}
+        return {"adapters": tensor_bytes(self.bank),
+                "keys": tensor_bytes(self.attention.keys),
+                "query projection": tensor_bytes(self.attention.query.parameters())}
 
     def extra(self): return {"attended": self.attended}
 
 # %% ../../nbs/methods/09_selection.ipynb #f10f58cd
 class Importance:
-    "Smoothed sensitivity times smoothed uncertainty of every weight, averaged over each unit (TaSL, after AdaLoRA)."
+    """Smoothed sensitivity times smoothed uncertainty of every weight, averaged over each
+    unit (TaSL, after AdaLoRA)."""
 
     def __init__(
         self,
-        params: Sequence[torch.Tensor],  # one a unit
-        alpha: tuple[float, float] = (0.85, 0.85),  # smoothing of sensitivity and of uncertainty
+        params: Sequence[torch.Tensor],  # one per unit
+        alpha: tuple[float, float] = (0.85, 0.85),  # smoothing of the two
     ):
-        if not all(0 <= a < 1 for a in alpha): raise ValueError(f"alpha={alpha} must be two numbers in [0, 1): how much of the past remains at each step.")
+        if not all(0 <= a < 1 for a in alpha):
+            raise ValueError(f"alpha={alpha} must be two numbers in [0, 1): how much of the "
+                             "past remains at each step.")
         self.params, self.alpha = list(params), alpha
-        self.sensitivity, self.uncertainty = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.sensitivity, self.uncertainty = ([torch.zeros_like(p) for p in self.params]
+                                              for _ in range(2))
 
     @torch.no_grad()
     def observe(self) -> None:
         "Take in the gradients of a step. Raises ValueError where there is none."
         grads = [p.grad for p in self.params]
-        if any(g is None for g in grads): raise ValueError("Importance needs a gradient of every unit; call observe between backward and the optimiser's step.")
+        if any(g is None for g in grads):
+            raise ValueError("Importance needs a gradient of every unit; call observe "
+                             "between backward and the optimiser's step.")
         now = torch._foreach_mul(self.params, grads)
         torch._foreach_abs_(now)
         torch._foreach_lerp_(self.sensitivity, now, 1 - self.alpha[0])
@@ -280,14 +339,16 @@ class Importance:
 
     def scores(self) -> torch.Tensor:  # (units,), on the host
         "The importance of each unit."
-        return torch.stack([(s * u).mean() for s, u in zip(self.sensitivity, self.uncertainty)]).cpu()
+        return torch.stack([(s * u).mean()
+                            for s, u in zip(self.sensitivity, self.uncertainty)]).cpu()
 
 # %% ../../nbs/methods/09_selection.ipynb #0ae45757
 def rescaled(
     scores: torch.Tensor,  # (units,)
 ) -> torch.Tensor:  # in [0, 1]
     "Scores from 0, the least, to 1, the largest."
-    return (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=torch.finfo(scores.dtype).tiny)
+    width = (scores.max() - scores.min()).clamp(min=torch.finfo(scores.dtype).tiny)
+    return (scores - scores.min()) / width
 
 
 def important(
@@ -309,19 +370,28 @@ def past_share(
 # %% ../../nbs/methods/09_selection.ipynb #ea150c3a
 @register
 class TaSL(LanguageAdapterMethod):
-    "One adapter; after each task every matrix is taken from the past, from the present or from both, by importance."
-    name, paper, year, stores = "tasl", "Feng et al., ACL 2024", 2024, "one adapter, importance of its matrices"
+    """One adapter; after each task every matrix is taken from the past, from the present or
+    from both, by importance."""
+    name, paper, year = "tasl", "Feng et al., ACL 2024", 2024
+    stores = "one adapter, importance of its matrices"
 
-    def __init__(self, *args, importance: float = 0.2, weight: float = 0.7, smoothing: float = 0.85, **kwargs):
-        if not 0 < importance < 1: raise ValueError(f"importance={importance} must be a fraction of the matrices, between 0 and 1.")
-        if not 0 <= weight <= 1: raise ValueError(f"weight={weight}, the share of the past, must lie in [0, 1].")
-        if not 0 <= smoothing < 1: raise ValueError(f"smoothing={smoothing} must lie in [0, 1): how much of the past remains at each step.")
+    def __init__(self, *args, importance: float = 0.2, weight: float = 0.7,
+                 smoothing: float = 0.85, **kwargs):
+        if not 0 < importance < 1:
+            raise ValueError(f"importance={importance} must be a fraction of the matrices, "
+                             "between 0 and 1.")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight={weight}, the share of the past, must lie in [0, 1].")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} must lie in [0, 1): how much of the "
+                             "past remains at each step.")
         super().__init__(*args, **kwargs)
         self.fraction, self.weight, self.smoothing = importance, weight, smoothing
         self.options |= {"importance": importance, "weight": weight, "smoothing": smoothing}
         self.before = self.initial.clone()  # the adapter as the task began
         self.past: torch.Tensor | None = None  # (units,) running importance, in [0, 1]
-        self.fates: list[dict[str, int]] = []  # after each task but the first, how many units were kept from where
+        # after each task but the first, how many units were kept from where
+        self.fates: list[dict[str, int]] = []
 
     def begin_task(self, tasks, name, rounds, epoch):
         super().begin_task(tasks, name, rounds, epoch)
@@ -334,19 +404,26 @@ class TaSL(LanguageAdapterMethod):
 
     def end_task(self, batches):
         present = rescaled(self.importance.scores())
-        if self.past is not None: self._consolidate(important(self.past, self.fraction), important(present, self.fraction))
-        self.past = present if self.past is None else rescaled(self.weight * self.past + (1 - self.weight) * present)
+        if self.past is not None:
+            self._consolidate(important(self.past, self.fraction),
+                              important(present, self.fraction))
+        if self.past is None: self.past = present
+        else: self.past = rescaled(self.weight * self.past + (1 - self.weight) * present)
 
     def _consolidate(self, past: torch.Tensor, present: torch.Tensor) -> None:
         "Mix the adapter from before the task with the one after it, unit by unit."
         after, share = self._adapter(), past_share(past, present, self.weight)
-        for new, old, s in zip(self.layout.views(after), self.layout.views(self.before), share): new.lerp_(old, s.item())
+        for new, old, s in zip(self.layout.views(after), self.layout.views(self.before),
+                               share):
+            new.lerp_(old, s.item())
         self._put(after)
-        fates = {"both": past & present, "past": past & ~present, "present": present & ~past, "neither": ~(past | present)}
+        fates = {"both": past & present, "past": past & ~present, "present": present & ~past,
+                 "neither": ~(past | present)}
         self.fates.append({fate: int(units.sum()) for fate, units in fates.items()})
 
     def stored(self):
         if self.past is None: return {"adapters": 0, "importance": 0}
-        return {"adapters": tensor_bytes(self.layout.params), "importance": tensor_bytes([self.past])}
+        return {"adapters": tensor_bytes(self.layout.params),
+                "importance": tensor_bytes([self.past])}
 
     def extra(self): return {"units": self.fates}

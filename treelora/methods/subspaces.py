@@ -21,7 +21,8 @@ from ..learning.models import features
 
 # %% ../../nbs/methods/08_subspaces.ipynb #91ea7c67
 class Frozen:
-    "The adapters of earlier tasks in one layer, stacked: a path beside the layer that no longer trains."
+    """The adapters of earlier tasks in one layer, stacked: a path beside the layer that no
+    longer trains."""
 
     def __init__(
         self,
@@ -30,13 +31,15 @@ class Frozen:
         B: torch.Tensor,
         adapter: str = "default",  # PEFT's name of the adapter
     ):
-        self.module, self.ours, parts = module, isinstance(module, LoRALinear), len(B) if B.ndim == 3 else 1
+        self.module, self.ours = module, isinstance(module, LoRALinear)
+        parts = len(B) if B.ndim == 3 else 1
         self.scale = module.scale if self.ours else module.scaling[adapter]
         self.A, self.B = A.new_empty(parts, 0, A.shape[-1]), B.new_empty(parts, B.shape[-2], 0)
         module.register_forward_hook(self._add)
 
     @property
-    def active(self) -> bool: return self.module.active if self.ours else not self.module.disable_adapters
+    def active(self) -> bool:
+        return self.module.active if self.ours else not self.module.disable_adapters
 
     @torch.no_grad()
     def keep(self, A: torch.Tensor, B: torch.Tensor) -> None:
@@ -50,18 +53,23 @@ class Frozen:
     def _add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         "A layer's output, plus the corrections of all earlier tasks."
         if not self.active or not self.A.shape[1]: return output
-        low = F.linear(args[0].to(self.A.dtype), self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])
+        low = F.linear(args[0].to(self.A.dtype), self.A.flatten(0, 1))
+        low = low.unflatten(-1, self.A.shape[:2])
         delta = self.scale * torch.einsum("...pr,por->...po", low, self.B)
-        return output + (module.spread(delta) if self.ours else delta.squeeze(-2)).to(output.dtype)
+        whole = module.spread(delta) if self.ours else delta.squeeze(-2)
+        return output + whole.to(output.dtype)
 
     def overlap(self, A: torch.Tensor) -> torch.Tensor:
-        "Sum over earlier tasks of |A_i A_t^T|, entry by entry (O-LoRA's penalty, as in its authors' code)."
+        """Sum over earlier tasks of |A_i A_t^T|, entry by entry (O-LoRA's penalty, as in
+        its authors' code)."""
         return (self.A @ self._by_part(A).mT).abs().sum()
 
 # %% ../../nbs/methods/08_subspaces.ipynb #d30f4e58
 def _check_rank(name: str, r: int, width: int) -> None:
     "Raise ValueError when a layer has fewer inputs than an adapter has rows for each part."
-    if r > width: raise ValueError(f"Rank r={r} is larger than the {width} inputs of {name}, which have no more directions; choose a smaller r.")
+    if r > width:
+        raise ValueError(f"Rank r={r} is larger than the {width} inputs of {name}, which "
+                         "have no more directions; choose a smaller r.")
 
 # %% ../../nbs/methods/08_subspaces.ipynb #05ac13aa
 class Orthogonal:
@@ -69,21 +77,27 @@ class Orthogonal:
 
     def separate(self, lam: float) -> None:
         "Begin without earlier tasks."
-        if not lam >= 0: raise ValueError(f"The strength lam={lam} of the penalty must not be negative.")
+        if not lam >= 0:
+            raise ValueError(f"The strength lam={lam} of the penalty must not be negative.")
         pairs = list(zip(self.layout.params[::2], self.layout.params[1::2]))
-        for name, (A, _) in zip(self.layout.names, pairs): _check_rank(name, self.options["r"], A.shape[-1])
-        self.lam, self.paths = lam, [Frozen(self.model.get_submodule(name), *pair) for name, pair in zip(self.layout.names, pairs)]
+        for name, (A, _) in zip(self.layout.names, pairs):
+            _check_rank(name, self.options["r"], A.shape[-1])
+        self.lam = lam
+        self.paths = [Frozen(self.model.get_submodule(name), *pair)
+                      for name, pair in zip(self.layout.names, pairs)]
         self.options |= {"lam": lam}
 
     def penalty(self) -> torch.Tensor:
         "Overlap of the new row spaces with the earlier ones, over all layers."
-        return torch.stack([path.overlap(A) for path, A in zip(self.paths, self.layout.params[::2])]).sum()
+        return torch.stack([path.overlap(A)
+                            for path, A in zip(self.paths, self.layout.params[::2])]).sum()
 
     def loss(self, batch): return super().loss(batch) + self.lam * self.penalty()
 
     def end_task(self, batches):
         super().end_task(batches)
-        for path, A, B in zip(self.paths, self.layout.params[::2], self.layout.params[1::2]): path.keep(A, B)
+        for path, A, B in zip(self.paths, self.layout.params[::2], self.layout.params[1::2]):
+            path.keep(A, B)
         self._restart()
 
     @torch.no_grad()
@@ -94,24 +108,31 @@ class Orthogonal:
             A.copy_((2 * torch.rand(A.shape, generator=g) - 1) / math.sqrt(A.shape[-1]))
             B.zero_()
 
-    def stored(self): return super().stored() | {"adapters": tensor_bytes(x for path in self.paths for x in (path.A, path.B))}
+    def stored(self):
+        kept = tensor_bytes(x for path in self.paths for x in (path.A, path.B))
+        return super().stored() | {"adapters": kept}
 
 # %% ../../nbs/methods/08_subspaces.ipynb #93a0869b
 @register
 class OLoRAText(Orthogonal, LanguageAdapterMethod):
-    "A new adapter for each task, pushed away from the row spaces of the earlier ones; all are summed."
-    name, paper, year, stores = "olora", "Wang et al., Findings of EMNLP 2023", 2023, "adapters"
+    """A new adapter for each task, pushed away from the row spaces of the earlier ones; all
+    are summed."""
+    name, paper, year = "olora", "Wang et al., Findings of EMNLP 2023", 2023
+    stores = "adapters"
 
-    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1, target=("q_proj", "v_proj"), layers=None, max_prompt=1024,
+    def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1,
+                 target=("q_proj", "v_proj"), layers=None, max_prompt=1024,
                  max_answer=512, lam=0.5):  # of the penalty, the authors' lambda_1
-        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers, max_prompt, max_answer)
+        super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers,
+                         max_prompt, max_answer)
         self.separate(lam)
 
 # %% ../../nbs/methods/08_subspaces.ipynb #ee82bc9a
 @register
 class OLoRA(Orthogonal, AdapterMethod):
     "The same for images, whose loss is over the task's own classes."
-    name, paper, year, stores = "olora", "Wang et al., Findings of EMNLP 2023", 2023, "adapters"
+    name, paper, year = "olora", "Wang et al., Findings of EMNLP 2023", 2023
+    stores = "adapters"
     wtp = True
 
     def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first", lam=0.5):
@@ -125,7 +146,8 @@ def _complement(basis: torch.Tensor) -> torch.Tensor:  # (d, d - k)
 
 # %% ../../nbs/methods/08_subspaces.ipynb #97cfd75e
 class InputSpace:
-    "The space of old tasks' inputs to a layer, kept as the smaller of two orthonormal bases: its own, or that of what is left (DualGPM)."
+    """The space of old tasks' inputs to a layer, kept as the smaller of two orthonormal
+    bases: its own, or that of what is left (DualGPM)."""
 
     def __init__(self, width: int):  # d: how many inputs the layer has
         self.basis, self.dual = torch.zeros(width, 0), False
@@ -144,7 +166,8 @@ class InputSpace:
         self,
         moment: torch.Tensor,  # (d, d) second moment of a task's inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (m,) energies, falling, and (d, m) directions
-        "The free directions, by how much of the task's inputs is in them: squared singular values of the projected moment."
+        """The free directions, by how much of the task's inputs is in them: squared
+        singular values of the projected moment."""
         free = self.free()
         directions, sizes, _ = torch.linalg.svd(free.T @ moment.double())
         return sizes.square(), free @ directions
@@ -178,7 +201,8 @@ def input_moments(
         x = x.detach().float().flatten(0, -2)
         sums[i], counts[i] = sums[i] + x.T @ x, counts[i] + len(x)
 
-    hooks = [m.register_forward_pre_hook(lambda _, args, i=i: add(i, args[0])) for i, m in enumerate(modules)]
+    hooks = [m.register_forward_pre_hook(lambda _, args, i=i: add(i, args[0]))
+             for i, m in enumerate(modules)]
     moments = []
     try:
         yield moments
@@ -199,14 +223,17 @@ def _design(layer: LoRALinear, directions: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _merge(layer: LoRALinear) -> None:
-    "Add a layer's correction to its frozen weights and begin anew: the columns of the correction are its answers to unit vectors."
-    layer.base.weight += layer.spread(layer.delta(torch.eye(layer.base.in_features).to(layer.base.weight))).T
+    """Add a layer's correction to its frozen weights and begin anew: the columns of the
+    correction are its answers to unit vectors."""
+    units = torch.eye(layer.base.in_features).to(layer.base.weight)
+    layer.base.weight += layer.spread(layer.delta(units)).T
     layer.lora_B.zero_()
 
 # %% ../../nbs/methods/08_subspaces.ipynb #03f9abad
 @register
 class InfLoRA(AdapterMethod):
-    "Train B alone, under an A whose rows old inputs do not reach; then merge both into the weights."
+    """Train B alone, under an A whose rows old inputs do not reach; then merge both into
+    the weights."""
     name, paper, year, stores = "inflora", "Liang & Li, CVPR 2024", 2024, "subspaces"
     wtp = True
 
@@ -218,13 +245,16 @@ class InfLoRA(AdapterMethod):
         r: int = 4,
         blocks: int = 5,
         place: str = "first",
-        epsilon: float = 0.95,  # share of the first task's inputs that later tasks must not touch
+        epsilon: float = 0.95,  # share of the first task's inputs that must not be touched
     ):
-        if not 0 < epsilon < 1: raise ValueError(f"epsilon={epsilon} is a share of the inputs and must lie between 0 and 1.")
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon={epsilon} is a share of the inputs and must lie "
+                             "between 0 and 1.")
         super().__init__(model, classes, seed, r, blocks, place)
         self.epsilon, self.options = epsilon, self.options | {"epsilon": epsilon}
         self.layers = [self.model.get_submodule(name) for name in self.layout.names]
-        for name, layer in zip(self.layout.names, self.layers): _check_rank(name, r, layer.base.in_features)
+        for name, layer in zip(self.layout.names, self.layers):
+            _check_rank(name, r, layer.base.in_features)
         self.spaces = [InputSpace(layer.base.in_features) for layer in self.layers]
         for layer in self.layers: layer.lora_A.requires_grad_(False)
 
@@ -236,25 +266,32 @@ class InfLoRA(AdapterMethod):
         return moments
 
     def look(self, batches):
-        for layer, space, moment in zip(self.layers, self.spaces, self._moments(batches)): _design(layer, space.strongest(moment)[1])
+        for layer, space, moment in zip(self.layers, self.spaces, self._moments(batches)):
+            _design(layer, space.strongest(moment)[1])
 
     def end_task(self, batches):
         share = self.epsilon + (1 - self.epsilon) * self.task / self.n_tasks
-        for space, moment in zip(self.spaces, self._moments(batches)): space.grow(moment, share)
+        for space, moment in zip(self.spaces, self._moments(batches)):
+            space.grow(moment, share)
         for layer in self.layers: _merge(layer)
         super().end_task(batches)
 
-    def stored(self): return super().stored() | {"subspaces": tensor_bytes(space.basis for space in self.spaces)}
+    def stored(self):
+        kept = tensor_bytes(space.basis for space in self.spaces)
+        return super().stored() | {"subspaces": kept}
 
     def extra(self): return {"dimensions_used": [space.used for space in self.spaces]}
 
 # %% ../../nbs/methods/08_subspaces.ipynb #b8722b77
 @register
 class InfLoRAAligned(InfLoRA):
-    "InfLoRA with the authors' classifier alignment: after each task the head is retrained on features sampled from all classes' moments."
-    name, paper, stores = "inflora-ca", "Liang & Li, CVPR 2024, with classifier alignment", "subspaces, class moments"
+    """InfLoRA with the authors' classifier alignment: after each task the head is retrained
+    on features sampled from all classes' moments."""
+    name, paper = "inflora-ca", "Liang & Li, CVPR 2024, with classifier alignment"
+    stores = "subspaces, class moments"
     tap = True
 
     @torch.no_grad()
     def _observe(self, batches):
-        for images, labels in batches: self.parts.adapted.update(features(self.model, images), labels.tolist())
+        for images, labels in batches:
+            self.parts.adapted.update(features(self.model, images), labels.tolist())
