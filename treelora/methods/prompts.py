@@ -29,8 +29,12 @@ def prepended(
     model: VisionTransformer,
     prompts: torch.Tensor,  # (n, P, width)
 ) -> Iterator[None]:
-    "Prompt tuning: all blocks see P more tokens, before the others, for as long as the context lasts."
-    handle = model.blocks[0].register_forward_pre_hook(lambda block, args: (torch.cat([prompts.to(args[0].dtype), args[0]], 1), *args[1:]))
+    """Prompt tuning: all blocks see P more tokens, before the others, for as long as the
+    context lasts."""
+    def lengthen(block, args):
+        return torch.cat([prompts.to(args[0].dtype), args[0]], 1), *args[1:]
+
+    handle = model.blocks[0].register_forward_pre_hook(lengthen)
     try: yield
     finally: handle.remove()
 
@@ -39,12 +43,16 @@ def _with_prefix(
     attention: nn.Module,  # timm's
     prefix: torch.Tensor,  # (n, 2, P, width)
 ) -> list:  # the hooks' handles
-    "Let an attention layer attend to P more keys and values: rows that have no input, and whose output is dropped."
-    rows = torch.cat([torch.zeros_like(prefix[:, 0]), *prefix.unbind(1)], dim=2)  # (n, P, 3 width): they ask nothing, but all may look
+    """Let an attention layer attend to P more keys and values: rows that have no input, and
+    whose output is dropped."""
+    # (n, P, 3 width): they ask nothing, but all may look
+    rows = torch.cat([torch.zeros_like(prefix[:, 0]), *prefix.unbind(1)], dim=2)
     P = rows.shape[1]
-    return [attention.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (0, 0, P, 0)), *args[1:])),
-            attention.qkv.register_forward_hook(lambda module, args, out: torch.cat([rows.to(out.dtype), out[:, P:]], 1)),
-            attention.register_forward_hook(lambda module, args, out: out[:, P:])]
+    pad = lambda module, args: (F.pad(args[0], (0, 0, P, 0)), *args[1:])
+    fill = lambda module, args, out: torch.cat([rows.to(out.dtype), out[:, P:]], 1)
+    cut = lambda module, args, out: out[:, P:]
+    return [attention.register_forward_pre_hook(pad),
+            attention.qkv.register_forward_hook(fill), attention.register_forward_hook(cut)]
 
 # %% ../../nbs/methods/07_prompts.ipynb #ca0e4c8d
 @contextmanager
@@ -52,8 +60,10 @@ def prefixed(
     model: VisionTransformer,
     prefixes: dict[int, torch.Tensor],  # layer -> (n, 2, P, width) keys and values
 ) -> Iterator[None]:
-    "Prefix tuning: the named layers attend to P more keys and values, for as long as the context lasts; the sequence keeps its length."
-    handles = [h for layer, prefix in prefixes.items() for h in _with_prefix(model.blocks[layer].attn, prefix)]
+    """Prefix tuning: the named layers attend to P more keys and values, for as long as the
+    context lasts; the sequence keeps its length."""
+    handles = [h for layer, prefix in prefixes.items()
+               for h in _with_prefix(model.blocks[layer].attn, prefix)]
     try: yield
     finally:
         for handle in handles: handle.remove()
@@ -76,28 +86,34 @@ def noise(
     return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-KEY_STD = 1e-3  # of keys at the start: only their direction counts, and short ones turn quickly
+# of keys at the start: only their direction counts, and short ones turn quickly
+KEY_STD = 1e-3
 
 # %% ../../nbs/methods/07_prompts.ipynb #71670ffa
 class PromptPool(nn.Module):
-    "Prompts with a key each; an input takes those whose keys are nearest to its query. Raises ValueError for sizes that cannot be."
+    """Prompts with a key each; an input takes those whose keys are nearest to its query.
+
+    Raises ValueError for sizes that cannot be."""
 
     def __init__(
         self,
         start: torch.Tensor,  # (M, length, width) prompts to start from
         query_width: int,  # F
         top: int,  # prompts that an input takes
-        gain: float = 1.0,  # prompts are `gain` times the parameters, and so move `gain` times as fast
+        gain: float = 1.0,  # prompts are `gain` times the parameters, and move as much faster
         seed: int = 0,
     ):
         size, length, _ = start.shape
         if not (1 <= top <= size and length >= 1):
-            raise ValueError(f"A pool of {size} prompts of length {length} cannot lend {top} to an input; choose length >= 1 and 1 <= top <= size of the pool.")
+            raise ValueError(f"A pool of {size} prompts of length {length} cannot lend {top} "
+                             "to an input; choose length >= 1 and 1 <= top <= size of the "
+                             "pool.")
         super().__init__()
         self.top, self.gain = top, gain
         self.prompts = nn.Parameter(start / gain)
         self.keys = nn.Parameter(noise(size, query_width, std=KEY_STD, seed=seed + 1))
-        self.register_buffer("used", torch.zeros(size))  # how often earlier tasks took each prompt
+        # how often earlier tasks took each prompt
+        self.register_buffer("used", torch.zeros(size))
 
     def select(
         self,
@@ -106,7 +122,8 @@ class PromptPool(nn.Module):
     ) -> torch.Tensor:  # (n, top) places in the pool
         "The nearest keys (L2P, Eq. 3, with h while training)."
         distance = 1 - cosine(queries, self.keys)
-        return (distance * (self.used + 1) if training else distance).topk(self.top, largest=False).indices
+        return (distance * (self.used + 1) if training
+                else distance).topk(self.top, largest=False).indices
 
     def forward(
         self,
@@ -125,7 +142,9 @@ class PromptPool(nn.Module):
 
 # %% ../../nbs/methods/07_prompts.ipynb #d31d83a4
 class VisionPrompts(VisionMethod):
-    "A frozen vision transformer with prompts and a head that train. Raises ValueError for a model without a sequence of tokens."
+    """A frozen vision transformer with prompts and a head that train.
+
+    Raises ValueError for a model without a sequence of tokens."""
 
     def __init__(
         self,
@@ -134,13 +153,16 @@ class VisionPrompts(VisionMethod):
         seed: int = 0,
     ):
         if not isinstance(model, VisionTransformer):
-            raise ValueError(f"{self.name} puts prompts among the tokens of a vision transformer, and {type(model).__name__} is none; choose a timm VisionTransformer.")
+            raise ValueError(f"{self.name} puts prompts among the tokens of a vision "
+                             f"transformer, and {type(model).__name__} is none; choose a "
+                             "timm VisionTransformer.")
         super().__init__(model, classes, seed)
         model.requires_grad_(False)
         model.head.requires_grad_(True)
 
     def attach(self, prompts: nn.Module) -> None:
-        "Make prompts a part of the model, which takes them along to its device and hands them to the optimiser."
+        """Make prompts a part of the model, which takes them along to its device and hands
+        them to the optimiser."""
         self.prompts = self.model.prompts = prompts
 
     @torch.no_grad()
@@ -158,13 +180,15 @@ class VisionPrompts(VisionMethod):
 
     def predict(self, inputs): return masked_logits(self.logits(inputs), self.seen).argmax(1)
 
-    def predict_within(self, images): return masked_logits(self.logits(images, self.task), self.classes[self.task]).argmax(1)
+    def predict_within(self, images):
+        return masked_logits(self.logits(images, self.task), self.classes[self.task]).argmax(1)
 
 
 def _check_layers(layers: Sequence[int], depth: int) -> None:
     "Raise ValueError for layers that a model does not have."
     if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"Prompts belong to the layers {list(layers)}, counted from 0, but the model has {depth}; name some from 0 to {depth - 1}.")
+        raise ValueError(f"Prompts belong to the layers {list(layers)}, counted from 0, but "
+                         f"the model has {depth}; name some from 0 to {depth - 1}.")
 
 # %% ../../nbs/methods/07_prompts.ipynb #daa8d8b3
 class FromPool:
@@ -182,12 +206,15 @@ class FromPool:
 
     def end_task(self, batches): self.prompts.used += self.taken
 
-    def stored(self): return {"prompts": tensor_bytes([self.prompts.prompts]), "keys": tensor_bytes([self.prompts.keys])}
+    def stored(self):
+        return {"prompts": tensor_bytes([self.prompts.prompts]),
+                "keys": tensor_bytes([self.prompts.keys])}
 
 # %% ../../nbs/methods/07_prompts.ipynb #5c86af32
 @register
 class L2P(FromPool, VisionPrompts):
-    "Prompt tuning from a pool: each image takes the prompts whose keys are nearest to its un-adapted features."
+    """Prompt tuning from a pool: each image takes the prompts whose keys are nearest to its
+    un-adapted features."""
     name, paper, year, stores = "l2p", "Wang et al., CVPR 2022", 2022, "prompts, keys"
 
     def __init__(
@@ -202,13 +229,16 @@ class L2P(FromPool, VisionPrompts):
     ):
         super().__init__(model, classes, seed)
         self.options = {"pool": pool, "length": length, "top": top, "pull": pull}
-        self.attach(PromptPool(noise(pool, length, model.embed_dim, seed=seed), model.num_features, top, seed=seed))
+        self.attach(PromptPool(noise(pool, length, model.embed_dim, seed=seed),
+                               model.num_features, top, seed=seed))
 
     def loss(self, batch):
         images, labels = batch
         queries = self.query(images)
         chosen = self.choose(queries)
-        return masked_cross_entropy(self._under(chosen, images), labels, self.classes[self.task]) + self.options["pull"] * self.prompts.pull(queries, chosen)
+        loss = masked_cross_entropy(self._under(chosen, images), labels,
+                                    self.classes[self.task])
+        return loss + self.options["pull"] * self.prompts.pull(queries, chosen)
 
     def _under(self, chosen: torch.Tensor, images: torch.Tensor) -> torch.Tensor:  # (n, C)
         "Logits from the mean of the chosen prompts' outputs."
@@ -216,12 +246,14 @@ class L2P(FromPool, VisionPrompts):
         with prepended(self.model, prompts): tokens = self.model.forward_features(images)
         return self.model.head(self.model.fc_norm(tokens[:, :prompts.shape[1]].mean(1)))
 
-    def logits(self, images, task=None): return self._under(self.prompts.select(self.query(images)), images)
+    def logits(self, images, task=None):
+        return self._under(self.prompts.select(self.query(images)), images)
 
 # %% ../../nbs/methods/07_prompts.ipynb #af189cf7
 def _check_length(P: int) -> None:
     "Raise ValueError for a prompt without vectors."
-    if P < 1: raise ValueError(f"A prompt of length {P} is none; choose lengths of at least 1.")
+    if P < 1:
+        raise ValueError(f"A prompt of length {P} is none; choose lengths of at least 1.")
 
 
 class Prefixes(nn.Module):
@@ -231,7 +263,7 @@ class Prefixes(nn.Module):
         self,
         layers: Sequence[int],
         start: torch.Tensor,  # (n, layers, 2, P, width) sets to start from
-        gain: float = 1.0,  # prefixes are `gain` times the parameters, and so move `gain` times as fast
+        gain: float = 1.0,  # prefixes are `gain` times the parameters, and move faster
     ):
         _check_length(start.shape[3])
         super().__init__()
@@ -264,7 +296,8 @@ class DualPrompts(nn.Module):
     ):
         super().__init__()
         self.general, self.expert = general, expert
-        self.keys = nn.Parameter(noise(len(expert.table), query_width, std=KEY_STD, seed=seed + 2))
+        self.keys = nn.Parameter(noise(len(expert.table), query_width, std=KEY_STD,
+                                       seed=seed + 2))
 
     def select(
         self,
@@ -304,12 +337,15 @@ class FromExperts:
 
     def stored(self):
         n = 0 if self.task is None else self.task + 1
-        return {"prompts": tensor_bytes([self.prompts.general.table, self.prompts.expert.table[:n]]), "keys": tensor_bytes([self.prompts.keys[:n]])}
+        return {"prompts": tensor_bytes([self.prompts.general.table,
+                                         self.prompts.expert.table[:n]]),
+                "keys": tensor_bytes([self.prompts.keys[:n]])}
 
 # %% ../../nbs/methods/07_prompts.ipynb #1ade58ce
 @register
 class DualPrompt(FromExperts, VisionPrompts):
-    "Prefix tuning with general prompts in the first layers and, in the next ones, those of the task with the nearest key."
+    """Prefix tuning with general prompts in the first layers and, in the next ones, those
+    of the task with the nearest key."""
     name, paper, year, stores = "dualprompt", "Wang et al., ECCV 2022", 2022, "prompts, keys"
 
     def __init__(
@@ -324,21 +360,26 @@ class DualPrompt(FromExperts, VisionPrompts):
     ):
         super().__init__(model, classes, seed)
         for layers in (general, expert): _check_layers(layers, len(model.blocks))
-        self.options = {"general": list(general), "expert": list(expert), "lengths": list(lengths), "pull": pull}
-        starts = (noise(n, len(layers), 2, P, model.embed_dim, seed=seed + n) for n, layers, P in zip((1, len(classes)), (general, expert), lengths))
-        self.attach(DualPrompts(*map(Prefixes, (general, expert), starts), model.num_features, seed))
+        self.options = {"general": list(general), "expert": list(expert),
+                        "lengths": list(lengths), "pull": pull}
+        starts = (noise(n, len(layers), 2, P, model.embed_dim, seed=seed + n)
+                  for n, layers, P in zip((1, len(classes)), (general, expert), lengths))
+        self.attach(DualPrompts(*map(Prefixes, (general, expert), starts), model.num_features,
+                                seed))
 
     def loss(self, batch):
         images, labels = batch
         queries = self.query(images)
         logits = self._under(self.tasks_of(queries, self.task), images)
-        return masked_cross_entropy(logits, labels, self.classes[self.task]) + self.options["pull"] * self.prompts.pull(queries, self.task)
+        loss = masked_cross_entropy(logits, labels, self.classes[self.task])
+        return loss + self.options["pull"] * self.prompts.pull(queries, self.task)
 
     def _under(self, tasks: torch.Tensor, images: torch.Tensor) -> torch.Tensor:  # (n, C)
         "Logits under the general prompts and those of each image's task."
         with prefixed(self.model, self.prompts(tasks)): return self.model(images)
 
-    def logits(self, images, task=None): return self._under(self.tasks_of(self.query(images), task), images)
+    def logits(self, images, task=None):
+        return self._under(self.tasks_of(self.query(images), task), images)
 
 # %% ../../nbs/methods/07_prompts.ipynb #086b34c1
 class EnsemblePrefixes(Prefixes):
@@ -357,11 +398,13 @@ class EnsemblePrefixes(Prefixes):
         fixed = self.table.detach()
         counts = torch.arange(1, len(fixed), device=fixed.device).view(-1, 1, 1, 1, 1)
         mixed = (1 - self.lean) * self.table[1:] + self.lean * fixed.cumsum(0)[:-1] / counts
-        return torch.cat([self.table[:1], mixed])[which]  # the first task has nobody to lean on
+        # the first task has nobody to lean on
+        return torch.cat([self.table[:1], mixed])[which]
 
 # %% ../../nbs/methods/07_prompts.ipynb #febaf7e1
 class TaskPrefixes(VisionPrompts):
-    "A set of prefixes for each task; an input gets those of the task that its un-adapted features point to."
+    """A set of prefixes for each task; an input gets those of the task that its un-adapted
+    features point to."""
 
     def __init__(
         self,
@@ -375,7 +418,9 @@ class TaskPrefixes(VisionPrompts):
         super().__init__(model, classes, seed)
         _check_layers(layers, len(model.blocks))
         self.options = {"layers": list(layers), "length": length, "lean": lean}
-        self.attach(EnsemblePrefixes(layers, noise(len(classes), len(layers), 2, length, model.embed_dim, seed=seed), lean))
+        self.attach(EnsemblePrefixes(layers,
+                                     noise(len(classes), len(layers), 2, length,
+                                           model.embed_dim, seed=seed), lean))
         self.parts = Decomposition(seed)
 
     def under(
@@ -383,8 +428,10 @@ class TaskPrefixes(VisionPrompts):
         images: torch.Tensor,
         task: int | None = None,  # None: each image's own
     ) -> AbstractContextManager:
-        "The model with the prompts of a task, or of the one that each image's un-adapted features point to."
-        tasks = torch.full((len(images),), task) if task is not None else self.parts.identity.identify(self.query(images))
+        """The model with the prompts of a task, or of the one that each image's un-adapted
+        features point to."""
+        if task is None: tasks = self.parts.identity.identify(self.query(images))
+        else: tasks = torch.full((len(images),), task)
         return prefixed(self.model, self.prompts(tasks.to(images.device)))
 
     def logits(self, images, task=None):
@@ -393,43 +440,51 @@ class TaskPrefixes(VisionPrompts):
 # %% ../../nbs/methods/07_prompts.ipynb #6666509a
 @register
 class HiDePrompt(TaskPrefixes):
-    "HiDe's decomposition with prefix tuning: prompts for each task, told by un-adapted features, and a head retrained on sampled ones."
-    name, paper, year, stores = "hideprompt", "Wang et al., NeurIPS 2023", 2023, "prompts, class moments"
+    """HiDe's decomposition with prefix tuning: prompts for each task, told by un-adapted
+    features, and a head retrained on sampled ones."""
+    name, paper, year = "hideprompt", "Wang et al., NeurIPS 2023", 2023
+    stores = "prompts, class moments"
 
     def begin_task(self, tasks, name, rounds, epoch):
         super().begin_task(tasks, name, rounds, epoch)
         if self.task:
-            with torch.no_grad(): self.prompts.table[self.task] = self.prompts.table[self.task - 1]
+            with torch.no_grad():
+                self.prompts.table[self.task] = self.prompts.table[self.task - 1]
 
     def loss(self, batch):
         images, labels = batch
-        return masked_cross_entropy(self.logits(images, self.task), labels, self.classes[self.task])
+        return masked_cross_entropy(self.logits(images, self.task), labels,
+                                    self.classes[self.task])
 
     def end_task(self, batches):
         for images, labels in batches:
-            with torch.no_grad(), self.under(images, self.task): adapted = features(self.model, images)
+            with torch.no_grad(), self.under(images, self.task):
+                adapted = features(self.model, images)
             self.parts.observe(self.task, self.query(images), adapted, labels)
         retrain_head(self.model.head, self.parts.adapted, seed=self.seed + self.task)
 
     def stored(self):
         n = 0 if self.task is None else self.task + 1
-        return {"prompts": tensor_bytes([self.prompts.table[:n]]), "class moments": self.parts.stored_bytes}
+        return {"prompts": tensor_bytes([self.prompts.table[:n]]),
+                "class moments": self.parts.stored_bytes}
 
 # %% ../../nbs/methods/07_prompts.ipynb #3063268a
 class _PrefixedCache:
     "Shows attention a prefix before all keys and values; what is cached is without it."
 
-    def __init__(self, cache, prefix: tuple[torch.Tensor, torch.Tensor]): self.cache, self.prefix = cache, prefix  # (n, heads, P, head_dim) each
+    def __init__(self, cache, prefix: tuple[torch.Tensor, torch.Tensor]):
+        self.cache, self.prefix = cache, prefix  # (n, heads, P, head_dim) each
 
     def update(self, *states, **kwargs):
         "All keys and values so far, as attention asks for them."
         if self.cache is None: pair = states[:2]
         else: pair = self.cache.update(*states, **kwargs)
-        return tuple(torch.cat([before.to(x.dtype), x], 2) for before, x in zip(self.prefix, pair))
+        return tuple(torch.cat([before.to(x.dtype), x], 2)
+                     for before, x in zip(self.prefix, pair))
 
 # %% ../../nbs/methods/07_prompts.ipynb #02cad994
 def _widened(
-    mask: torch.Tensor | None,  # (n, 1, queries, keys), boolean or added to the scores; None: as is usual for a causal model
+    mask: torch.Tensor | None,  # (n, 1, queries, keys); None: the usual causal one
     P: int,
     queries: int,
     past: int,
@@ -437,7 +492,9 @@ def _widened(
 ) -> torch.Tensor | None:
     "An attention mask with P columns in front that all may look at."
     if mask is None and queries == 1: return None  # the last token may see everything
-    if mask is None: mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool, device=device).tril(past)
+    if mask is None:
+        mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool,
+                          device=device).tril(past)
     return F.pad(mask, (P, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 # %% ../../nbs/methods/07_prompts.ipynb #8ac5b390
@@ -446,13 +503,16 @@ def _read_prefix(
     prefix: torch.Tensor,  # (n, 2, P, width)
 ):  # the hook's handle
     "Let an attention layer of a language model attend to P more keys and values."
-    pair = tuple(part.unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for part in prefix.unbind(1))
+    pair = tuple(part.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+                 for part in prefix.unbind(1))
 
     def hook(module, args, kwargs):
-        name = "cache" if "cache" in kwargs else "past_key_values"  # as the version of transformers calls it
+        # as the version of transformers calls it
+        name = "cache" if "cache" in kwargs else "past_key_values"
         hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs[name]
         past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-        mask = _widened(kwargs["attention_mask"], prefix.shape[2], hidden.shape[1], past, hidden.device)
+        mask = _widened(kwargs["attention_mask"], prefix.shape[2], hidden.shape[1], past,
+                        hidden.device)
         return args, kwargs | {name: _PrefixedCache(cache, pair), "attention_mask": mask}
 
     return attention.register_forward_pre_hook(hook, with_kwargs=True)
@@ -461,11 +521,19 @@ def _read_prefix(
 def attention_layers(
     model: nn.Module,  # a causal language model of the Llama kind
 ) -> list[nn.Module]:  # from input to output
-    "The attention layers of a language model. Raises ValueError where keys and values are not separate, or where attention takes no mask."
-    layers = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "v_proj") and hasattr(m, "layer_idx")]
-    if not layers: raise ValueError(f"{type(model).__name__} has no attention layers with k_proj and v_proj; prefix prompts need a model like Llama.")
+    """The attention layers of a language model.
+
+    Raises ValueError where keys and values are not separate, or where attention takes no
+    mask."""
+    layers = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "v_proj")
+              and hasattr(m, "layer_idx")]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no attention layers with k_proj and "
+                         "v_proj; prefix prompts need a model like Llama.")
     if model.config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(f"Prefix prompts need a mask, which attention {model.config._attn_implementation!r} does not take; load the model with attention='sdpa'.")
+        raise ValueError("Prefix prompts need a mask, which attention "
+                         f"{model.config._attn_implementation!r} does not take; load the "
+                         "model with attention='sdpa'.")
     return layers
 
 
@@ -474,7 +542,8 @@ def text_prefixed(
     model: nn.Module,  # a causal language model of the Llama kind
     prefixes: dict[int, torch.Tensor],  # layer -> (n, 2, P, width) keys and values
 ) -> Iterator[None]:
-    "Prefix tuning of a language model, for as long as the context lasts: neither the tokens' positions nor the cache know of the prefix."
+    """Prefix tuning of a language model, for as long as the context lasts: neither the
+    tokens' positions nor the cache know of the prefix."""
     layers = attention_layers(model)
     handles = [_read_prefix(layers[layer], prefix) for layer, prefix in prefixes.items()]
     try: yield
@@ -490,8 +559,11 @@ def as_read(
     "The keys and values of tokens that a model reads. Raises ValueError for no tokens."
     _check_length(ids.shape[1])
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = out["cache" if "cache" in out else "past_key_values"]  # as the version of transformers calls it
-    return torch.stack([torch.stack([x.transpose(1, 2).flatten(2) for x in (layer.keys, layer.values)], 1) for layer in cache.layers], 1).float()
+    # as the version of transformers calls it
+    cache = out["cache" if "cache" in out else "past_key_values"]
+    return torch.stack([torch.stack([x.transpose(1, 2).flatten(2)
+                                     for x in (layer.keys, layer.values)], 1)
+                        for layer in cache.layers], 1).float()
 
 # %% ../../nbs/methods/07_prompts.ipynb #a64eebb8
 class FrozenText(LanguageMethod):
@@ -510,29 +582,37 @@ class FrozenText(LanguageMethod):
     def random_tokens(self, *shape: int) -> torch.Tensor:
         "Seeded tokens to start from."
         g = torch.Generator().manual_seed(self.seed)
-        return torch.randint(self.model.get_input_embeddings().num_embeddings, shape, generator=g).to(self.device)
+        return torch.randint(self.model.get_input_embeddings().num_embeddings, shape,
+                             generator=g).to(self.device)
 
 # %% ../../nbs/methods/07_prompts.ipynb #c3240400
 class TextPrompts(FrozenText):
-    "A frozen language model with prompts that train, chosen by the mean embedding of each text."
+    """A frozen language model with prompts that train, chosen by the mean embedding of each
+    text."""
 
     @torch.no_grad()
     def query(
         self,
         batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without
     ) -> torch.Tensor:  # (n, width)
-        "Mean embedding of the prompts' tokens. Raises ValueError for a batch that is longer than the model's context."
+        """Mean embedding of the prompts' tokens.
+
+        Raises ValueError for a batch that is longer than the model's context."""
         self.check_room(batch["input_ids"].shape[1])
-        weight = batch["attention_mask"].bool() & (batch["labels"] == IGNORED if "labels" in batch else True)
+        asked = batch["labels"] == IGNORED if "labels" in batch else True
+        weight = batch["attention_mask"].bool() & asked
         embedded = self.model.get_input_embeddings()(batch["input_ids"]).float()
         return (embedded * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
 
     def check_room(self, tokens: int) -> None:
-        "Raise ValueError when prompts and tokens together are longer than the model's context."
+        """Raise ValueError when prompts and tokens together are longer than the model's
+        context."""
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room and self.ahead + tokens > room:
-            raise ValueError(f"{self.ahead} prompt vectors and {tokens} tokens are more than the model's context of {room}; "
-                             "lower max_prompt or max_answer, or take fewer or shorter prompts.")
+            raise ValueError(f"{self.ahead} prompt vectors and {tokens} tokens are more than "
+                             f"the model's context of {room}; "
+                             "lower max_prompt or max_answer, or take fewer or shorter "
+                             "prompts.")
 
     def read(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         "A batch of prompts, on the model's device."
@@ -544,7 +624,8 @@ class TextPrompts(FrozenText):
 
     def progress(self, stream, task, prepare):
         self.model.eval()
-        nll = [self.nll(batch) for batch in prepare(stream.loader(task, "test", 32, collate=self.collate))]
+        nll = [self.nll(batch)
+               for batch in prepare(stream.loader(task, "test", 32, collate=self.collate))]
         self.model.train()
         return torch.cat(nll).mean().neg().exp().item()
 
@@ -555,7 +636,8 @@ class Lengthened(FromPool, TextPrompts):
     def loss(self, batch):
         queries = self.query(batch)
         chosen = self.choose(queries)
-        return answer_loss(self.model, self.lengthened(batch, chosen)) + self.options["pull"] * self.prompts.pull(queries, chosen)
+        loss = answer_loss(self.model, self.lengthened(batch, chosen))
+        return loss + self.options["pull"] * self.prompts.pull(queries, chosen)
 
     def lengthened(
         self,
@@ -563,10 +645,13 @@ class Lengthened(FromPool, TextPrompts):
         chosen: torch.Tensor,  # (n, top)
     ) -> dict[str, torch.Tensor]:
         "A batch that begins with prompt vectors."
-        embedded, prompts = self.model.get_input_embeddings()(batch["input_ids"]), self.prompts(chosen)
+        embedded = self.model.get_input_embeddings()(batch["input_ids"])
+        prompts = self.prompts(chosen)
         mask = F.pad(batch["attention_mask"], (self.ahead, 0), value=1)
-        longer = {"inputs_embeds": torch.cat([prompts.to(embedded.dtype), embedded], 1), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        return longer | ({"labels": F.pad(batch["labels"], (self.ahead, 0), value=IGNORED)} if "labels" in batch else {})
+        longer = {"inputs_embeds": torch.cat([prompts.to(embedded.dtype), embedded], 1),
+                  "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        return longer | ({"labels": F.pad(batch["labels"], (self.ahead, 0), value=IGNORED)}
+                         if "labels" in batch else {})
 
     def selected(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "A batch with the prompts that it selects."
@@ -576,18 +661,24 @@ class Lengthened(FromPool, TextPrompts):
 
     @torch.no_grad()
     def predict(self, inputs, max_answer=64):
-        longer, tokenizer, was_training = self.selected(self.read(inputs)), self.collate.tokenizer, self.model.training
+        longer, tokenizer = self.selected(self.read(inputs)), self.collate.tokenizer
+        was_training = self.model.training
         self.model.eval()
         try:
-            tokens = self.model.generate(inputs_embeds=longer["inputs_embeds"], attention_mask=longer["attention_mask"], max_new_tokens=max_answer, do_sample=False,
-                                         num_beams=1, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+            tokens = self.model.generate(inputs_embeds=longer["inputs_embeds"],
+                                         attention_mask=longer["attention_mask"],
+                                         max_new_tokens=max_answer, do_sample=False,
+                                         num_beams=1, use_cache=True,
+                                         pad_token_id=tokenizer.pad_token_id,
+                                         eos_token_id=tokenizer.eos_token_id)
         finally: self.model.train(was_training)
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 # %% ../../nbs/methods/07_prompts.ipynb #4ac47b63
 @register
 class L2PText(Lengthened):
-    "Prompt tuning from a pool: each prompt takes the vectors whose keys are nearest to its mean embedding."
+    """Prompt tuning from a pool: each prompt takes the vectors whose keys are nearest to
+    its mean embedding."""
     name, paper, year, stores = "l2p", "Wang et al., CVPR 2022", 2022, "prompts, keys"
 
     def __init__(
@@ -605,8 +696,10 @@ class L2PText(Lengthened):
         max_answer: int = 512,
     ):
         super().__init__(model, tokenizer, n_tasks, seed, max_prompt, max_answer)
-        self.options |= {"pool": pool, "length": length, "top": top, "pull": pull, "gain": gain}
-        start = self.model.get_input_embeddings()(self.random_tokens(pool, length)).detach().float()
+        self.options |= {"pool": pool, "length": length, "top": top, "pull": pull,
+                         "gain": gain}
+        random = self.random_tokens(pool, length)
+        start = self.model.get_input_embeddings()(random).detach().float()
         self.attach(PromptPool(start, self.width, top, gain, seed))
         self.ahead = top * length
         self.check_room(1)
@@ -615,15 +708,20 @@ class L2PText(Lengthened):
 def shares(
     depth: int,  # layers of a model
 ) -> tuple[range, range]:  # layers of general and of expert prompts, counted from 0
-    "The same shares of the depth that layers 1-2 and 3-5 are of 12. Raises ValueError for fewer than two layers."
-    if depth < 2: raise ValueError(f"DualPrompt has general and expert prompts in different layers, but the model has only {depth}.")
+    """The same shares of the depth that layers 1-2 and 3-5 are of 12.
+
+    Raises ValueError for fewer than two layers."""
+    if depth < 2:
+        raise ValueError("DualPrompt has general and expert prompts in different layers, "
+                         f"but the model has only {depth}.")
     first = max(1, round(depth / 6))
     return range(first), range(first, max(first + 1, round(depth * 5 / 12)))
 
 # %% ../../nbs/methods/07_prompts.ipynb #34f92e95
 @register
 class DualPromptText(FromExperts, TextPrompts):
-    "Prefix tuning with general prompts in the first layers and, in the next ones, those of the task with the nearest key."
+    """Prefix tuning with general prompts in the first layers and, in the next ones, those
+    of the task with the nearest key."""
     name, paper, year, stores = "dualprompt", "Wang et al., ECCV 2022", 2022, "prompts, keys"
 
     def __init__(
@@ -642,11 +740,16 @@ class DualPromptText(FromExperts, TextPrompts):
     ):
         super().__init__(model, tokenizer, n_tasks, seed, max_prompt, max_answer)
         layers = attention_layers(model)
-        general, expert = (own if given is None else given for given, own in zip((general, expert), shares(len(layers))))
+        general, expert = (own if given is None else given
+                           for given, own in zip((general, expert), shares(len(layers))))
         for chosen in (general, expert): _check_layers(chosen, len(layers))
-        self.options |= {"general": list(general), "expert": list(expert), "lengths": list(lengths), "pull": pull, "gain": gain}
-        starts = (as_read(model, self.random_tokens(n, P))[:, list(chosen)] for n, chosen, P in zip((1, n_tasks), (general, expert), lengths))
-        self.attach(DualPrompts(*(Prefixes(chosen, start, gain) for chosen, start in zip((general, expert), starts)), self.width, seed))
+        self.options |= {"general": list(general), "expert": list(expert),
+                         "lengths": list(lengths), "pull": pull, "gain": gain}
+        starts = (as_read(model, self.random_tokens(n, P))[:, list(chosen)]
+                  for n, chosen, P in zip((1, n_tasks), (general, expert), lengths))
+        self.attach(DualPrompts(*(Prefixes(chosen, start, gain)
+                                  for chosen, start in zip((general, expert), starts)),
+                                self.width, seed))
 
     def under(
         self,
@@ -666,4 +769,5 @@ class DualPromptText(FromExperts, TextPrompts):
 
     @torch.no_grad()
     def predict(self, inputs, max_answer=64):
-        with self.under(self.query(self.read(inputs))): return generate(self.model, self.collate, inputs, max_answer)
+        with self.under(self.query(self.read(inputs))):
+            return generate(self.model, self.collate, inputs, max_answer)

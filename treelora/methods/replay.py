@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Score', 'flat', 'write_', 'negative_log_likelihood', 'true_logits', 'GroupGradients', 'ImageGradients',
-           'TextGradients', 'nonnegative_qp', 'gem_project', 'at_least', 'WithMemory', 'GEM', 'GEMText', 'Directions',
-           'WithDirections', 'OGD', 'OGDText']
+           'TextGradients', 'nonnegative_qp', 'gem_project', 'at_least', 'Memories', 'WithMemory', 'GEM', 'GEMText',
+           'Directions', 'WithDirections', 'OGD', 'OGDText']
 
 # %% ../../nbs/methods/05_replay.ipynb #de65bb8d
 from collections.abc import Callable, Iterable, Sequence
@@ -223,9 +223,9 @@ def at_least(what: str, value: float, least: float, why: str) -> None:
     "Raise ValueError for a setting that is too small."
     if not value >= least: raise ValueError(f"{what}={value} must be at least {least}: {why}")
 
-# %% ../../nbs/methods/05_replay.ipynb #cebbfcea
-class WithMemory:
-    "GEM's hooks around any method that has group gradients."
+# %% ../../nbs/methods/05_replay.ipynb #ff88049f
+class Memories:
+    "Stored examples of earlier tasks, and the gradients of the loss on them."
     sample = 32  # examples of each earlier task in a step
 
     def __init__(
@@ -260,6 +260,10 @@ class WithMemory:
         total, counts = self.group_gradients(batch, which.to(self.trained[0].device),
                                              len(drawn))
         return total / counts[:, None]
+
+# %% ../../nbs/methods/05_replay.ipynb #cebbfcea
+class WithMemory(Memories):
+    "GEM's hooks around any method that has group gradients."
 
     def after_backward(self, batch, loss):
         if not self.memories: return
