@@ -344,7 +344,7 @@ class Decomposed(Unadapted):
 
 # %% ../../nbs/methods/01_base.ipynb #6dd771aa
 class AdapterMethod(Decomposed):
-    "LoRA on K and V of some blocks, one head, and the parts of HiDe's decomposition by switches."
+    "LoRA on K and V of some blocks, one head, and HiDe's decomposition by switches."
 
     def _adapter_of(self, task: int) -> torch.Tensor:  # (L, D)
         "A stored adapter."
