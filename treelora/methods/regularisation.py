@@ -20,23 +20,25 @@ def draw_answers(
     generator: torch.Generator,  # on the same device
 ) -> torch.Tensor:  # (n, k)
     "Answers of the model's own, at random."
-    drawn = torch.multinomial(logits.detach().softmax(2).flatten(0, 1), 1, generator=generator).view_as(labels)
+    p = logits.detach().softmax(2).flatten(0, 1)
+    drawn = torch.multinomial(p, 1, generator=generator).view_as(labels)
     return torch.where(labels == IGNORED, labels, drawn)
 
-
+# %% ../../nbs/methods/06_regularisation.ipynb #f3566086
 def fisher(
     method: GroupGradients,
     examples: list,
     seed: int = 0,  # of the drawn answers
-    chunk: int = 20,  # examples a pass
+    chunk: int = 20,  # examples per pass
 ) -> torch.Tensor:  # (P,)
-    "The diagonal of the Fisher information: the mean square of single examples' gradients of log p (Kirkpatrick et al. 2017)."
+    "The diagonal of the Fisher information: mean square of single examples' gradients."
     device = method.trained[0].device
     total, g = 0.0, torch.Generator(device).manual_seed(seed)
+    own = lambda out, labels: negative_log_likelihood(out, draw_answers(out, labels, g))
     for i in range(0, len(examples), chunk):
         part = examples[i:i + chunk]
-        rows, _ = method.group_gradients(method.pack(part), torch.arange(len(part), device=device), len(part),
-                                         lambda logits, labels: negative_log_likelihood(logits, draw_answers(logits, labels, g)))
+        which = torch.arange(len(part), device=device)
+        rows, _ = method.group_gradients(method.pack(part), which, len(part), own)
         total = total + rows.square().sum(0)
     return total / len(examples)
 
@@ -53,7 +55,9 @@ class Springs:
     ) -> None:
         "One more task."
         new = stiffness, stiffness * theta
-        self.stiffness, self.pull = new if self.stiffness is None else (self.stiffness + new[0], self.pull + new[1])
+        old = self.stiffness, self.pull
+        first = self.stiffness is None
+        self.stiffness, self.pull = new if first else (old[0] + new[0], old[1] + new[1])
 
     def gradient(
         self,
@@ -86,24 +90,29 @@ class WithSprings:
     def after_backward(self, batch, loss):
         if self.springs.stiffness is None: return
         grads = [p.grad for p in self.trained]
-        write_(grads, flat(grads).add_(self.springs.gradient(flat(self.trained)), alpha=self.strength))
+        pull = self.springs.gradient(flat(self.trained))
+        write_(grads, flat(grads).add_(pull, alpha=self.strength))
 
     def end_task(self, batches):
         super().end_task(batches)
-        examples, seed = [x for batch in batches for x in self.split(batch)], self.seed * 1000 + self.task
-        some = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:self.samples]
-        self.springs.add(fisher(self, [examples[i] for i in some.tolist()], seed), flat(self.trained))
+        examples = [x for batch in batches for x in self.split(batch)]
+        seed = self.seed * 1000 + self.task
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+        some = [examples[i] for i in order[:self.samples].tolist()]
+        self.springs.add(fisher(self, some, seed), flat(self.trained))
 
     def stored(self): return super().stored() | {"Fisher information": self.springs.stored()}
 
-
+# %% ../../nbs/methods/06_regularisation.ipynb #fc328cba
 @register
 class EWC(WithSprings, ImageGradients, AdapterMethod):
     "Each weight is held at its old values by springs as stiff as its Fisher information."
-    name, paper, year, stores, wtp = "ewc", "Kirkpatrick et al., PNAS 2017", 2017, "Fisher information, weights", True
+    name, paper, year = "ewc", "Kirkpatrick et al., PNAS 2017", 2017
+    stores, wtp = "Fisher information, weights", True
 
 
 @register
 class EWCText(WithSprings, TextGradients, LanguageAdapterMethod):
     "The same for a language model."
-    name, paper, year, stores = "ewc", "Kirkpatrick et al., PNAS 2017", 2017, "Fisher information, weights"
+    name, paper, year = "ewc", "Kirkpatrick et al., PNAS 2017", 2017
+    stores = "Fisher information, weights"
