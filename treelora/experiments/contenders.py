@@ -17,7 +17,7 @@ from .vision import RATES, check_data, result_path, tune, tuned_rate
 from .language import TEXT_RATES, TUNING_STREAM, WATCHED, fast_precision, watched
 from ..paper.figures import load_results, look, new_figure, score_name, style
 from ..learner import run
-from ..paper.report import mean, paired
+from ..paper.statistics import mean, paired
 from ..streams import get_stream
 
 # %% ../../nbs/experiments/03_contenders.ipynb #10decab0

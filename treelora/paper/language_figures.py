@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..experiments.language import LAYERS, agreement, family_kinship, mean_agreement, saved_kinship, tree_from_gram
-from .figures import draw_groups, load_results, look, new_figure, over_seeds, save_figure, style
+from .figures import draw_groups, load_results, look, new_figure, save_figure, short_name, style
+from .statistics import over_seeds
 from ..learning.text import FAMILIES
 
 # %% ../../nbs/paper/04_language_figures.ipynb #f4309332
@@ -31,7 +32,7 @@ def matrices(
     "R of several methods as heat maps, in hundredths. Raises FileNotFoundError without results."
     found = load_results(results, stream, scale, methods)
     R = {m: 100 * np.mean([np.array(r["R"], dtype=float) for r in runs], axis=0) for m, runs in found.items()}
-    top, tasks = max(np.nanmax(x) for x in R.values()), next(iter(found.values()))[0]["tasks"]
+    top, tasks = max(np.nanmax(x) for x in R.values()), [short_name(t) for t in next(iter(found.values()))[0]["tasks"]]
     with style():
         fig = new_figure(figsize=(1.85 * len(R) + 0.3, 2.1))
         for ax, (m, x) in zip(np.atleast_1d(fig.subplots(1, len(R), sharey=True)), R.items()):
