@@ -123,9 +123,10 @@ def contest_picture(
     results: str | Path = "results",
     stream: str = "split-digits",
     scale: str = "quick",
+    methods: Sequence[str] = CONTENDERS["vision"] + CONTENDERS["language"],  # those of them that were run
 ) -> Figure:
     "Final score and forgetting of every contender, seed by seed, the best on top."
-    found = {m: runs for m, runs in load_results(results, stream, scale).items() if m in CONTENDERS["vision"] + CONTENDERS["language"]}
+    found = {m: runs for m, runs in load_results(results, stream, scale).items() if m in methods}
     order = sorted(found, key=lambda m: np.mean([r["scores"]["op"] for r in found[m]]))
     with style():
         fig = new_figure(figsize=(6.5, 0.6 + 0.2 * len(order)))
