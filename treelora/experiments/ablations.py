@@ -65,7 +65,8 @@ def ablate(
     results: str | Path = "results",
     progress: bool = True,
 ) -> Path:  # the file
-    "Run what is missing and write it down, row by row: stopped anywhere, it goes on from there. Raises ValueError for an unknown name, and for rows of other data."
+    """Run what is missing and write it down, row by row: stopped anywhere, it goes on from there.
+    Raises ValueError for an unknown name, and for rows of other data."""
     if unknown := set(names or ()) - set(ABLATIONS): raise ValueError(f"Unknown ablation {sorted(unknown)[0]!r}; known are {', '.join(ABLATIONS)}.")
     path = Path(results) / stream / "ablations.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -159,7 +160,8 @@ def count_table(
     stream: str = "permuted-digits",
     counts: Sequence[int] = (2, 5, 10, 20, 50),  # numbers of tasks
 ) -> str:  # Markdown
-    "Score after so many tasks, and the training time of a task at the beginning and at the end. Raises FileNotFoundError without results."
+    """Score after so many tasks, and the training time of a task at the beginning and at the end.
+    Raises FileNotFoundError without results."""
     lines = [f"| method | {' | '.join(f'{n} tasks' for n in counts)} | s, tasks 2 to 6 | s, last five |", f"|---|{'---:|' * (len(counts) + 2)}"]
     for method, runs in load_results(results, stream).items():
         scores = [_spread([{"op": r["scores"]["average_curve"][n - 1]} for r in runs], "op") for n in counts]

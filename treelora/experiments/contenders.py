@@ -42,7 +42,9 @@ def contend(
     rates: str | None = None,  # a stream whose tuned learning rates to take; None: tune on this one
     **settings,  # of `treelora.learner.run`, e.g. epochs, model, weights
 ) -> list[Path]:  # the results' files
-    "Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything starts, for a method that the stream's kind does not have, for rates that nothing was tuned for, or for results that stay and are of other data."
+    """Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything
+    starts, for a method that the stream's kind does not have, for rates that nothing was tuned for,
+    or for results that stay and are of other data."""
     kind = get_stream(stream, scale, root=root).kind
     budgets = _budgets(kind, scale, _known(methods, kind), settings.get("epochs"))
     common = dict(results=results, missing_only=missing_only, root=root, progress=progress) | ({"precision": fast_precision()} if kind == "language" else {}) | settings
@@ -56,7 +58,8 @@ def contend(
 
 
 def _budgets(kind: str, scale: str, chosen: Sequence[str], epochs: int | None) -> list[tuple[str, Sequence[str], dict]]:  # folder, methods, settings
-    "The scale's own epochs, and the short budget; only the first where one epoch was asked for, since the second would be the same again."
+    """The scale's own epochs, and the short budget; only the first where one epoch was asked for,
+    since the second would be the same again."""
     short = [m for m in chosen if m in SHORT_METHODS[kind]]
     return [(scale, chosen, {}), (f"{scale}/{SHORT_FOLDER[kind]}", short, {"epochs": 1})][: 1 if epochs == 1 else 2]
 
@@ -69,7 +72,8 @@ def _tune_all(stream: str, scale: str, kind: str, budgets: Sequence[tuple], comm
 
 # %% ../../nbs/experiments/03_contenders.ipynb #3b85c904
 def _check_rates(results: str | Path, rates: str, budgets: Sequence[tuple]) -> None:
-    "Raise ValueError when a method's learning rate was not tuned on the stream whose rates are wanted."
+    """Raise ValueError when a method's learning rate was not tuned on the stream whose rates are
+    wanted."""
     for folder, those, _ in budgets:
         if lacking := [m for m in those if m != "fix" and tuned_rate(results, rates, folder, m) is None]:
             raise ValueError(f"There are no learning rates tuned on {rates!r} for {', '.join(lacking)} in {results}/{rates}/{folder}; tune there first, with treelora compare --stream {rates} --methods {' '.join(lacking)}.")
@@ -103,7 +107,8 @@ def _says(
     more: bool = False,  # whether the first must be above the second, or only at least as good
     less: bool = False,  # whether less is better
 ) -> tuple[str, bool]:
-    "Two methods side by side, their difference seed by seed, and whether the first is where it should be, by the report's rule."
+    """Two methods side by side, their difference seed by seed, and whether the first is where it
+    should be, by the report's rule."""
     d = paired(scores[one], scores[other])
     good = paired(scores[other], scores[one]) if less else d
     return f"{one} {mean(scores[one]):.1f}, {other} {mean(scores[other]):.1f}, difference {d}", good.above if more else good.at_least
@@ -114,7 +119,8 @@ def places(
     stream: str = "split-digits",
     scale: str = "quick",
 ) -> list[dict]:  # what, reached, holds
-    "Whether the methods stand where the literature and the paper put them, by the report's rule for differences. Raises FileNotFoundError without results."
+    """Whether the methods stand where the literature and the paper put them, by the report's rule
+    for differences. Raises FileNotFoundError without results."""
     op, bwt = (_by_seed(results, stream, scale, score) for score in ("op", "bwt"))
     rivals = [m for m in op if m not in ("joint", "alone") and not m.startswith("treelora")]
     best, low = rivals[0], [m for m in rivals if m not in ("seqlora", "fix")][-1]

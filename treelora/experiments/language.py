@@ -39,14 +39,16 @@ def agreement(
     truth: Callable[[Hashable, Hashable], float],
     tasks: Sequence[Hashable],
 ) -> float:  # in [0, 1]
-    "Share of the triples with a true closest pair on which `kinship` has the same. Raises ValueError when there is none."
+    """Share of the triples with a true closest pair on which `kinship` has the same. Raises
+    ValueError when there is none."""
     true_pairs = {triple: pair for triple in combinations(tasks, 3) if (pair := closest_pair(truth, triple)) is not None}
     if not true_pairs: raise ValueError(f"No three of {list(tasks)} have a true closest pair; add tasks of a common family.")
     return sum(closest_pair(kinship, triple) == pair for triple, pair in true_pairs.items()) / len(true_pairs)
 
 # %% ../../nbs/experiments/02_language.ipynb #8c86185b
 def family_kinship(a: str, b: str) -> int:
-    "How many levels of the family tree two languages share. Raises ValueError for a language that is not in `FAMILIES`."
+    """How many levels of the family tree two languages share. Raises ValueError for a language that
+    is not in `FAMILIES`."""
     for code in (a, b):
         if code not in FAMILIES: raise ValueError(f"The family of {code!r} is not known; known are {', '.join(FAMILIES)}.")
     return sum(x == y for x, y in zip(FAMILIES[a], FAMILIES[b]))
@@ -133,7 +135,8 @@ LAMBDAS = (0.5, 2.0, 8.0)  # beside the default
 
 # %% ../../nbs/experiments/02_language.ipynb #4b1cbaaf
 def fast_precision() -> str:
-    "bf16 where this machine computes in it natively, else float32; or what the variable TREELORA_PRECISION says: no, bf16 or fp16."
+    """bf16 where this machine computes in it natively, else float32; or what the variable
+    TREELORA_PRECISION says: no, bf16 or fp16."""
     if wish := os.environ.get("TREELORA_PRECISION"):
         if wish in ("no", "bf16", "fp16"): return wish
         raise ValueError(f"TREELORA_PRECISION={wish!r} is no precision; known are no, bf16 and fp16.")
@@ -148,7 +151,8 @@ def tune_language(
     methods: Sequence[str] = TUNED,
     progress: bool = True,
 ) -> dict[str, float]:  # method -> learning rate
-    "Choose each method's learning rate on a shorter stream and a seed of its own, and write the files that `language_rate` reads."
+    """Choose each method's learning rate on a shorter stream and a seed of its own, and write the
+    files that `language_rate` reads."""
     folder, settings = Path(results) / "cldr" / "quick", dict(progress=progress, rates=TEXT_RATES, precision=fast_precision())
     tune(TUNING_STREAM, "quick", ("treelora-branch",), results, path=folder / "half" / "tuning.json", epochs=1, **settings)
     return tune(TUNING_STREAM, "quick", methods, results, path=folder / "tuning.json", **settings)
@@ -183,7 +187,9 @@ def run_language_set(
     missing_only: bool = False,  # skip runs whose result is there
     progress: bool = True,
 ) -> list[Path]:  # the results' files
-    "The set of this page on `cldr`: all methods, half the epochs for `treelora-branch`, the sweep over lambda; each result is saved as soon as it is there. Raises ValueError when results that stay are of other data."
+    """The set of this page on `cldr`: all methods, half the epochs for `treelora-branch`, the sweep
+    over lambda; each result is saved as soon as it is there. Raises ValueError when results that
+    stay are of other data."""
     planned = _planned(methods, seeds, results)
     check_data(results, "cldr", "quick", [path for path, _ in planned], seeds, missing_only)
     return [_run_to(path, missing_only=missing_only, progress=progress, **settings) for path, settings in planned]
@@ -219,7 +225,8 @@ def _mean(runs: Sequence[dict], score: str) -> float:
 def own_agreement(
     runs: Sequence[dict],  # saved, of a method with a tree
 ) -> float:
-    "Agreement of the last trees that the runs themselves built with the families, mean of the seeds."
+    """Agreement of the last trees that the runs themselves built with the families, mean of the
+    seeds."""
     each = [agreement(saved_kinship(r), family_kinship, r["tasks"]) for r in runs]
     return sum(each) / len(each)
 
@@ -235,7 +242,8 @@ def mean_agreement(
 def language_bars(
     results: str | Path = "results",
 ) -> list[dict]:  # what, goal, reached, holds
-    "The goals of this page beside what the saved results say. Raises FileNotFoundError without results."
+    """The goals of this page beside what the saved results say. Raises FileNotFoundError without
+    results."""
     found, half = load_results(results, "cldr"), load_results(results, "cldr", "quick/half")["treelora-branch"]
     rows = [*_score_goals(found, half), *_branch_goals(found["treelora-branch"]), *_tree_goals(found)]
     return [dict(zip(("what", "goal", "reached", "holds"), row)) for row in rows]

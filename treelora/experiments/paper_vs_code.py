@@ -46,7 +46,9 @@ def run_switches(
     missing_only: bool = True,  # leave out runs whose result is there
     progress: bool = False,
 ) -> list[Path]:  # the results' files
-    "Run the paper's form with one point switched at a time; each result is saved as soon as it is there. Raises ValueError for an unknown point, and for results that stay and are of other data."
+    """Run the paper's form with one point switched at a time; each result is saved as soon as it is
+    there. Raises ValueError for an unknown point, and for results that stay and are of other
+    data."""
     unknown = sorted(set(points) - set(SWITCHES))
     if unknown: raise ValueError(f"Unknown point {', '.join(unknown)}; known are {', '.join(SWITCHES)}.")
     paths = [switch_path(results, base, point, seed) for seed in seeds for point in points for base in BASES]
@@ -66,7 +68,8 @@ def switch_scores(
     point: str | None,  # one of SWITCHES; None: the paper's form
     seeds: Sequence[int] = (0, 1, 2),
 ) -> dict[int, tuple[float, float]]:  # seed -> OP and BWT in hundredths, of what was run
-    "Scores of the paper's form or of a switched one. A run that was made as an ablation (same settings) counts as well."
+    """Scores of the paper's form or of a switched one. A run that was made as an ablation (same
+    settings) counts as well."""
     same_data(results, STREAM, SCALE)
     paths = {s: result_path(results, STREAM, SCALE, base, s) if point is None else switch_path(results, base, point, s) for s in seeds}
     found = {s: json.loads(p.read_text())["scores"] for s, p in paths.items() if p.exists()}
@@ -84,7 +87,8 @@ def _as_ablation(results: str | Path, base: str, point: str | None) -> dict[int,
 def switch_table(
     results: str | Path = "results",
 ) -> Table:
-    "OP and BWT of the paper's form, and by how much each switched point changes them, paired by seed; empty where nothing was run."
+    """OP and BWT of the paper's form, and by how much each switched point changes them, paired by
+    seed; empty where nothing was run."""
     head = ["switched to the authors' code", *(f"{base}, {name}" for base in BASES for name in ("OP", "change", "BWT", "change", "seeds"))]
     return Table(f"One point at a time on {STREAM} (scale {SCALE})", head, [[point or "nothing: the paper's form", *(c for base in BASES for c in _switch_cells(results, base, point))] for point in (None, *SWITCHES)], noted(results, STREAM, SCALE))
 

@@ -55,7 +55,8 @@ def measure_time(
     progress: bool = True,
     **settings,  # of `treelora.learner.run`
 ) -> Path:  # the file
-    "Run the plan, seeds outermost, in one process, so that all times are of the same machine; what is in the file already is kept. Raises ValueError when it is of other data."
+    """Run the plan, seeds outermost, in one process, so that all times are of the same machine;
+    what is in the file already is kept. Raises ValueError when it is of other data."""
     path, kind = Path(results) / stream / "time.json", get_stream(stream, "quick", root=settings.get("root")).kind
     if kind == "language": settings = {"precision": fast_precision()} | settings
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -88,7 +89,8 @@ def time_rows(
     found: dict,  # of `measure_time`'s file
     rivals: Sequence[Row],
 ) -> list[dict]:  # row, op, spread, train, steps; for each rival the ratio of times and whether as accurate
-    "One row for each method with its savings, in the order of the plan; times of a rival over its own, and whether that is at equal accuracy."
+    """One row for each method with its savings, in the order of the plan; times of a rival over its
+    own, and whether that is at equal accuracy."""
     groups: dict = {}
     for r in found["rows"]: groups.setdefault((r["method"], tuple(r["savings"])), {})[r["seed"]] = r
     return [_time_row(groups, key, rivals) for key in groups]
@@ -188,7 +190,8 @@ def vision_step(
     batch: int = 8,
     repeats: int = 3,
 ) -> dict:
-    "A training step of ViT-B/16 with the paper's adapters, in the first five blocks and in the last five."
+    """A training step of ViT-B/16 with the paper's adapters, in the first five blocks and in the
+    last five."""
     import timm  # here: reading results needs no models
     from treelora.engine.ahead import input_of, take_activations
     from treelora.lora import add_lora

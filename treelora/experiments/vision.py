@@ -41,7 +41,8 @@ def check_data(
     missing_only: bool,  # whether files that are there stay
     root: str | Path | None = None,  # data folder
 ) -> None:
-    "Raise ValueError, before anything is run, when results that stay are of other data than today's."
+    """Raise ValueError, before anything is run, when results that stay are of other data than
+    today's."""
     runs = not missing_only or not all(path.exists() for path in paths)
     data = lambda seed: get_stream(stream, scale, seed, root).sha256
     fits_data(results, stream, scale, data, seeds, runs, () if missing_only else paths)
@@ -58,7 +59,8 @@ def tune(
     missing_only: bool = False,  # leave out methods that the file has already
     **settings,  # of `treelora.learner.run`, e.g. root
 ) -> dict[str, float]:  # method -> learning rate
-    "Choose each method's learning rate on the tuning seed and write the file that `tuned_rate` reads; other methods' rates in it stay."
+    """Choose each method's learning rate on the tuning seed and write the file that `tuned_rate`
+    reads; other methods' rates in it stay."""
     path = Path(path or Path(results) / stream / scale / "tuning.json")
     tried = json.loads(path.read_text())["op"] if path.exists() else {}
     for m in methods:
@@ -102,7 +104,8 @@ def run_set(
     progress: bool = True,
     **settings,  # of `treelora.learner.run`, e.g. root, epochs
 ) -> list[Path]:  # the results' files
-    "Run methods and seeds on a stream, each with its tuned learning rate, and save each result as soon as it is there. Raises ValueError when results that stay are of other data."
+    """Run methods and seeds on a stream, each with its tuned learning rate, and save each result as
+    soon as it is there. Raises ValueError when results that stay are of other data."""
     paths = [result_path(results, stream, scale, method, seed) for seed in seeds for method in methods]
     check_data(results, stream, scale, paths, seeds, missing_only, settings.get("root"))
     for seed in seeds:  # outermost: what else the machine does then disturbs all methods alike

@@ -38,7 +38,8 @@ def load_results(
 
 
 def _command(stream: str, scale: str) -> str:
-    "What makes the results of a stream; other budgets than the scale's own are those of the contenders, and of the language set."
+    """What makes the results of a stream; other budgets than the scale's own are those of the
+    contenders, and of the language set."""
     base, _, budget = scale.partition("/")
     what = "compare" if budget and stream != "cldr" else "figures --run missing"
     return f"treelora {what} --stream {stream} --scale {base}"
@@ -82,7 +83,8 @@ CEILINGS = ("joint", "alone")  # drawn as a line across
 # %% ../../nbs/paper/02_figures.ipynb #be62d94d
 @contextmanager
 def style() -> Iterator[None]:
-    "One quiet style for all figures: readable at half a page, and the same bytes for the same data."
+    """One quiet style for all figures: readable at half a page, and the same bytes for the same
+    data."""
     with matplotlib.rc_context({
             "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 7.5, "xtick.labelsize": 8, "ytick.labelsize": 8,
             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92", "axes.axisbelow": True,
@@ -92,7 +94,8 @@ def style() -> Iterator[None]:
 
 # %% ../../nbs/paper/02_figures.ipynb #e0375e5f
 class _SelfShowing(Figure):
-    "A figure that a notebook shows by itself: nothing here needs pyplot, and its list of open figures stays empty."
+    """A figure that a notebook shows by itself: nothing here needs pyplot, and its list of open
+    figures stays empty."""
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
         with style(): self.savefig(file, format="png", dpi=110)
@@ -207,7 +210,8 @@ def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], 
 
 
 def _draw_group(ax: Axes, levels: list[list[list[str]]], d: int, group: list[str], order: list[str], short: Callable[[str], str]) -> dict[str, tuple[float, float]]:
-    "A group of depth d with the lines to its children; of a leaf, also the names, and where each task is."
+    """A group of depth d with the lines to its children; of a leaf, also the names, and where each
+    task is."""
     x = lambda group: np.mean([order.index(t) for t in group])
     inner = d + 1 < len(levels) and group not in levels[d + 1]
     below = [g for g in levels[d + 1] if set(g) < set(group)] if inner else []
@@ -242,7 +246,8 @@ def _with_trees(found: dict) -> dict:
 
 # %% ../../nbs/paper/02_figures.ipynb #fig0001a
 def _figure_3(found: dict) -> Figure:
-    "The last task below the branches that its search chose, first seed; a line's width is the share of rounds and layers."
+    """The last task below the branches that its search chose, first seed; a line's width is the
+    share of rounds and layers."""
     run = _with_trees(found)
     share = _shares(run, found)
     fig = new_figure(figsize=(3.4, 2.8))
@@ -257,7 +262,8 @@ def _figure_3(found: dict) -> Figure:
 
 
 def _shares(run: dict, found: dict) -> np.ndarray:  # (N - 1,)
-    "Each earlier task's share of the search's looks while the last task trained. Raises FileNotFoundError when none were saved."
+    """Each earlier task's share of the search's looks while the last task trained. Raises
+    FileNotFoundError when none were saved."""
     if len(run["trees"]) < 2 or "picks_of_last_task" not in run.get("extra", {}): raise FileNotFoundError(f"No saved picks of a search among earlier tasks; make them with `{_run_command(found)}`.")
     return np.sum(run["extra"]["picks_of_last_task"], axis=0) / np.sum(run["extra"]["picks_of_last_task"])
 
@@ -475,7 +481,8 @@ def figure(
     stream: str | None = None,  # None: the digits; Fashion-MNIST for 6, Tiny-ImageNet for 7
     scale: str | None = None,  # None: quick; small for Tiny-ImageNet
 ) -> Figure:
-    "One of the paper's figures, from saved results; Figure 2 is a drawing and needs none. Raises ValueError for a number that is not drawn, FileNotFoundError without results."
+    """One of the paper's figures, from saved results; Figure 2 is a drawing and needs none. Raises
+    ValueError for a number that is not drawn, FileNotFoundError without results."""
     if n not in FIGURES: raise ValueError(f"Figure {n} is not drawn from results; known are {', '.join(map(str, FIGURES))}.")
     found = () if n in DRAWINGS else (load_results(results, *_place(n, stream, scale)),)
     with style(): return FIGURES[n](*found)
@@ -512,7 +519,8 @@ def save_figure(
     name: str,  # without suffix
     out: str | Path = "figures",
 ) -> list[Path]:  # an .svg and a .png
-    "Write a figure twice, without dates and versions, so that the same results give the same files."
+    """Write a figure twice, without dates and versions, so that the same results give the same
+    files."""
     Path(out).mkdir(parents=True, exist_ok=True)
     paths = [Path(out) / f"{name}.svg", Path(out) / f"{name}.png"]
     with style():

@@ -57,7 +57,8 @@ def pareto(
     stream: str = "cldr",
     scale: str = "quick",
 ) -> Figure:
-    "Final score against forgetting: the paper's form over lambda, and the other methods. Raises FileNotFoundError without results."
+    """Final score against forgetting: the paper's form over lambda, and the other methods. Raises
+    FileNotFoundError without results."""
     found = load_results(results, stream, scale, ("seqlora", "treelora", "treelora-authors", "treelora-routed", "treelora-branch", "alone"))
     swept = load_results(results, stream, f"{scale}/lambda", ("treelora",))["treelora"] + found.get("treelora", [])[:1]
     strengths = sorted({r["config"]["method_config"]["lam"] for r in swept})
@@ -89,7 +90,8 @@ def families(
     method: str = "alone",  # whose signatures the tree that is made afterwards is of
     seed: int = 0,
 ) -> Figure:
-    "The family tree of the stream's languages, the trees that TreeLoRA's own runs built, and a tree made afterwards that knows the families best. Raises FileNotFoundError without results."
+    """The family tree of the stream's languages, the trees that TreeLoRA's own runs built, and a
+    tree made afterwards that knows the families best. Raises FileNotFoundError without results."""
     runs = load_results(results, stream, scale, (method,))[method]
     runs = [r for r in runs if "gram" in r.get("extra", {})]  # watched runs keep signatures
     result = next((r for r in runs if r["config"]["seed"] == seed), None)
@@ -107,7 +109,8 @@ def families(
 
 
 def _own_trees(results: str | Path, stream: str, scale: str, seed: int) -> list[tuple[str, list]]:  # title, levels of groups
-    "The last trees of TreeLoRA's runs with a seed, with the share of triples that agree with the families."
+    """The last trees of TreeLoRA's runs with a seed, with the share of triples that agree with the
+    families."""
     found, panels = load_results(results, stream, scale), []
     for m in OWN:
         runs = [r for r in found.get(m, []) if r["trees"]]
@@ -118,7 +121,8 @@ def _own_trees(results: str | Path, stream: str, scale: str, seed: int) -> list[
 
 
 def _afterwards(result: dict, runs: Sequence[dict]) -> tuple[str, list]:  # title, levels of groups
-    "The tree, of those that can be made from a run's signatures, that agrees best with the families over all seeds."
+    """The tree, of those that can be made from a run's signatures, that agrees best with the
+    families over all seeds."""
     scores = mean_agreement(runs)
     (source, where), best = max(scores.items(), key=lambda item: item[1])
     tree = tree_from_gram(LAYERS[where](_gram(result, source)), result["tasks"])
@@ -144,7 +148,8 @@ def save_language_figures(
     stream: str = "cldr",
     scale: str = "quick",
 ) -> list[Path]:
-    "Draw and save the three figures of a language stream. One without its part of the results is named in a warning and left out."
+    """Draw and save the three figures of a language stream. One without its part of the results is
+    named in a warning and left out."""
     paths = []
     for name, draw in {"matrix": matrices, "pareto": pareto, "families": families}.items():
         try: paths += save_figure(draw(results, stream, scale), f"{name}-{stream}", out)

@@ -25,7 +25,8 @@ class Missing(FileNotFoundError):
 
 # %% ../../nbs/paper/05_report.ipynb #fbc56fe4
 class Evidence:
-    "The results in a folder, each file read once. What is damaged or foreign is named in a warning and left out."
+    """The results in a folder, each file read once. What is damaged or foreign is named in a
+    warning and left out."""
 
     def __init__(self, results: str | Path = "results"):
         self.root, self.used, self.left_out, self._known = Path(results), set(), {}, {}
@@ -35,7 +36,8 @@ class Evidence:
         stream: str,
         folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
     ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
-        "All runs in a folder. Raises `Missing` without any, ValueError when they are of different data."
+        """All runs in a folder. Raises `Missing` without any, ValueError when they are of different
+        data."""
         same_data(self.root, stream, folder)
         found: dict = {}
         for path in sorted((self.root / stream / folder).glob("*-seed*.json")):
@@ -146,7 +148,8 @@ RIVALS = {"vision": ("seqlora", "gem", "ewc", "l2p", "dualprompt", "hideprompt",
 
 
 def _streams(evidence: Evidence, wanted: Sequence[str], needs: Sequence[str] = ("treelora",), folder: str = "quick") -> dict[str, dict]:
-    "The streams that have runs of all these methods. Raises `Missing`, with a command for the first stream, when there is none."
+    """The streams that have runs of all these methods. Raises `Missing`, with a command for the
+    first stream, when there is none."""
     found = {stream: runs for stream in wanted if set(needs) <= set(runs := _runs_if_any(evidence, stream, folder))}
     if not found: raise Missing(_compare(wanted[0], folder.split("/")[0]))
     return found
@@ -176,7 +179,8 @@ def _decided(votes: list[bool], command: str) -> str:
 
 # %% ../../nbs/paper/05_report.ipynb #e0d54ed5
 def c1(evidence: Evidence) -> Finding:
-    "Holds when TreeLoRA's accuracy is at least the best rival's on every stream of images; partly when on some."
+    """Holds when TreeLoRA's accuracy is at least the best rival's on every stream of images; partly
+    when on some."""
     votes, words, on = [], [], []
     for stream, runs in _streams(evidence, VISION).items():
         ours, theirs = scores(runs["treelora"]), {m: scores(runs[m]) for m in RIVALS["vision"] if m in runs}
@@ -201,7 +205,8 @@ def c3(evidence: Evidence) -> Finding:
 
 
 def _best_of_all(runs: dict[str, dict[int, dict]], score: str, sign: int) -> tuple[bool | None, str]:
-    "Whether TreeLoRA has the best score of all on text (None: neither shown nor refuted), in a word and in words; `sign` is -1 where less is better."
+    """Whether TreeLoRA has the best score of all on text (None: neither shown nor refuted), in a
+    word and in words; `sign` is -1 where less is better."""
     ours, rivals = scores(runs["treelora"], score), [m for m in RIVALS["language"] if m in runs and (score, m) != ("bwt", "fix")]
     against = {m: paired({s: sign * x for s, x in ours.items()}, {s: sign * x for s, x in scores(runs[m], score).items()}) for m in rivals}
     better = [m for m, d in against.items() if d.below]
@@ -225,7 +230,9 @@ def c17(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #3dbc6746
 def c18(evidence: Evidence) -> Finding:
-    "Counts the rivals whose final score TreeLoRA exceeds by more than a fifth of it, and by the margin more than that, of those with three seeds. Holds when there are two or more beside SeqLoRA on every stream; partly when on some."
+    """Counts the rivals whose final score TreeLoRA exceeds by more than a fifth of it, and by the
+    margin more than that, of those with three seeds. Holds when there are two or more beside
+    SeqLoRA on every stream; partly when on some."""
     votes, words, on = [], [], []
     for stream, runs in _streams(evidence, (*VISION, TEXT)).items():
         if len(runs["treelora"]) < ENOUGH: continue
@@ -239,7 +246,8 @@ def c18(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #rep0061
 def _speedups(rows: list[dict], form: str, rival: str) -> list[tuple[tuple[str, ...], float, bool, int]]:
-    "For each set of savings of a form: the rival's time, without savings, over its own (median over seeds); whether it is as accurate; seeds."
+    """For each set of savings of a form: the rival's time, without savings, over its own (median
+    over seeds); whether it is as accurate; seeds."""
     groups: dict = {}
     for r in rows: groups.setdefault((r["method"], tuple(r["savings"])), {})[r["seed"]] = r
     base, found = groups.get((rival, ()), {}), []
@@ -267,12 +275,14 @@ def _faster(evidence: Evidence, stream: str, rival: str, factor: float, forms: S
 
 # %% ../../nbs/paper/05_report.ipynb #e161dd92
 def c2(evidence: Evidence) -> Finding:
-    "On images against HiDeLoRA. Holds when 3.2 times faster at equal settings and accuracy; partly when only with savings that a rival could have as well."
+    """On images against HiDeLoRA. Holds when 3.2 times faster at equal settings and accuracy;
+    partly when only with savings that a rival could have as well."""
     return _faster(evidence, VISION[0], "hidelora", 3.2)
 
 
 def c4(evidence: Evidence) -> Finding:
-    "On text against O-LoRA. Holds when 2.4 times faster at equal settings and accuracy; partly when only with savings, such as fewer epochs, that a rival could have as well."
+    """On text against O-LoRA. Holds when 2.4 times faster at equal settings and accuracy; partly
+    when only with savings, such as fewer epochs, that a rival could have as well."""
     return _faster(evidence, TEXT, "olora", 2.4)
 
 # %% ../../nbs/paper/05_report.ipynb #e6ca3dc4
@@ -291,7 +301,8 @@ def c5(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #cee49037
 def _samples_to(runs: dict[int, dict], level: float) -> float:
-    "Samples of the last task after which the seeds' mean accuracy on it first reaches a level; infinite when it never does."
+    """Samples of the last task after which the seeds' mean accuracy on it first reaches a level;
+    infinite when it never does."""
     curves = [r["curves"][-1] for r in runs.values()]
     accuracy = np.mean([c["accuracy"] for c in curves], axis=0)
     return next((n for n, a in zip(curves[0]["samples"], accuracy) if a >= level), math.inf)
@@ -313,7 +324,8 @@ def c6(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #rep0071
 def _ablation(evidence: Evidence, name: str, method: str = "treelora") -> tuple[dict[str, dict[int, float]], str]:
-    "Score by label and seed of an ablation on the digits, and on what it ran. Raises `Missing` when it was not run with three seeds."
+    """Score by label and seed of an ablation on the digits, and on what it ran. Raises `Missing`
+    when it was not run with three seeds."""
     table = evidence.rows(f"{VISION[0]}/ablations.json", _ablate(name))
     found: dict = {}
     for r in table["rows"]:
@@ -334,7 +346,8 @@ def _number(label: str) -> float:
 
 # %% ../../nbs/paper/05_report.ipynb #040da1aa
 def c7(evidence: Evidence) -> Finding:
-    "Two parts: the penalty with a random search is above no penalty, and the LCB search above the random one. Holds when both are, partly when one is."
+    """Two parts: the penalty with a random search is above no penalty, and the LCB search above the
+    random one. Holds when both are, partly when one is."""
     found, on = _ablation(evidence, "parts")
     try: none, random, lcb = (found[label] for label in ("no penalty, no search", "penalty, random search", "penalty, LCB search"))
     except KeyError: raise Missing(_ablate("parts")) from None
@@ -343,7 +356,8 @@ def c7(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #44d26201
 def c8(evidence: Evidence) -> Finding:
-    "Two parts: over lambda from 0.1 to 1, and over the learning rate from 0.003 to 0.007, the mean accuracy varies by at most one point. Holds when both are so, partly when one is."
+    """Two parts: over lambda from 0.1 to 1, and over the learning rate from 0.003 to 0.007, the
+    mean accuracy varies by at most one point. Holds when both are so, partly when one is."""
     ranges, on = {}, ""
     for name, low, high in (("lambda", 0.1, 1.0), ("rate", 0.003, 0.007)):
         found, on = _ablation(evidence, name)
@@ -355,7 +369,9 @@ def c8(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #6db6e8f3
 def c9(evidence: Evidence) -> Finding:
-    "The score by the number of adapted blocks, on images (the paper's are language models). Holds when each step to more blocks is above the one before; partly when only the last is above the first."
+    """The score by the number of adapted blocks, on images (the paper's are language models). Holds
+    when each step to more blocks is above the one before; partly when only the last is above the
+    first."""
     found, on = _ablation(evidence, "depth")
     ordered = sorted(found, key=_number)
     if len(ordered) < 2: raise Missing(_ablate("depth"))
@@ -388,7 +404,8 @@ def _more_gain(related: dict[str, dict[int, dict]], other: dict[str, dict[int, d
 
 
 def c11(evidence: Evidence) -> Finding:
-    "Holds when TreeLoRA's gain over SeqLoRA is above that on TRACE on Math-LLM, whose tasks are related, three seeds each; on Math-LLM alone, partly when there is a gain."
+    """Holds when TreeLoRA's gain over SeqLoRA is above that on TRACE on Math-LLM, whose tasks are
+    related, three seeds each; on Math-LLM alone, partly when there is a gain."""
     for scale in ("small", "quick"):
         found = {s: _runs_if_any(evidence, s, scale) for s in ("math-llm", "trace")}
         gains = {s: paired(scores(runs["treelora"]), scores(runs["seqlora"])) for s, runs in found.items() if {"treelora", "seqlora"} <= set(runs)}
@@ -402,7 +419,9 @@ def c11(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #fee72ddc
 def c14(evidence: Evidence) -> Finding:
-    "Holds when TreeLoRA's score is at least the best rival's on the stream of 15 tasks and on each of the six O-LoRA orders, three seeds each; partly when on some of them, or on all of those that were run."
+    """Holds when TreeLoRA's score is at least the best rival's on the stream of 15 tasks and on
+    each of the six O-LoRA orders, three seeds each; partly when on some of them, or on all of those
+    that were run."""
     streams = ("long-15", *(f"cl-benchmark-{k}" for k in range(1, 7)))
     for scale in ("small", "quick"):
         votes, words, on = [], [], []
@@ -432,7 +451,8 @@ def run_counts(
 
 # %% ../../nbs/paper/05_report.ipynb #da4f9df3
 def _count_bytes(tasks: Sequence[int]) -> dict[int, dict]:
-    "What `TreeLoRA` keeps on the training device, beside the model, and what in its bank, as tasks add up."
+    """What `TreeLoRA` keeps on the training device, beside the model, and what in its bank, as
+    tasks add up."""
     import torch
     from torch import nn
     from treelora.algorithm import TreeLoRA
@@ -450,7 +470,8 @@ def _count_bytes(tasks: Sequence[int]) -> dict[int, dict]:
 
 # %% ../../nbs/paper/05_report.ipynb #0ada4f1b
 def _count_operations() -> list[dict]:
-    "A training step of LLaMA-2-7B's shapes, a token, and what the methods add to it at the 10th task."
+    """A training step of LLaMA-2-7B's shapes, a token, and what the methods add to it at the 10th
+    task."""
     from treelora.theory.complexity import llama_7b, olora_flops, step_flops
     lora = llama_7b()
     weights = sum(p.numel() for p in lora.parameters() if p.requires_grad)
@@ -466,7 +487,8 @@ def _counts(evidence: Evidence, what: str) -> tuple[list[dict], str]:
 
 
 def c12(evidence: Evidence) -> Finding:
-    "Two parts: what is held on the training device stays the same from the fewest tasks to the most, and so does what is stored. Holds when both do, partly when one does."
+    """Two parts: what is held on the training device stays the same from the fewest tasks to the
+    most, and so does what is stored. Holds when both do, partly when one does."""
     rows, on = _counts(evidence, "bytes")
     first, last = (pick(rows, key=lambda r: r["tasks"]) for pick in (min, max))
     kept = _runs_if_any(evidence, TEXT, "quick").get("treelora", {})
@@ -512,7 +534,9 @@ def c15(evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #59af9482
 def c16(evidence: Evidence) -> Finding:
-    "Time of a round from the smallest to the largest number of tasks. Holds when Eq. 2's grows less than twofold; partly when only that of a bound kept along the path grows less than fivefold."
+    """Time of a round from the smallest to the largest number of tasks. Holds when Eq. 2's grows
+    less than twofold; partly when only that of a bound kept along the path grows less than
+    fivefold."""
     table = evidence.rows("theory/cost.json", 'python -c "from treelora.theory.complexity import run_cost; run_cost()"')
     time = {(r["search"], r["N"]): r["round_ms"] for r in table["rows"]}
     low, high = min(n for _, n in time), max(n for _, n in time)
@@ -569,11 +593,16 @@ def _judged(claim: Claim, evidence: Evidence) -> Finding:
 
 # %% ../../nbs/paper/05_report.ipynb #rep0113
 SOURCE = "https://github.com/treelora-companion/treelora-companion/tree/main/results"
-_PAGES = {"experiments/01_vision.ipynb": "vision experiments", "experiments/02_language.ipynb": "language experiments", "experiments/03_contenders.ipynb": "all contenders",
-          "experiments/04_ablations.ipynb": "ablations", "experiments/05_training_time.ipynb": "training time", "core/04_tree.ipynb": "the tree", "core/07_algorithm.ipynb": "the algorithm",
-          "theory/02_regret.ipynb": "regret", "theory/03_complexity.ipynb": "what a search costs"}
-_STREAMS = {"split-digits": "digits", "split-fashion-mnist": "Fashion-MNIST", "cldr": "six languages", "math-llm": "Math-LLM", "trace": "TRACE", "cl-benchmark-1": "first O-LoRA order"}
-_FILES = {"quick": "runs", "quick/one-epoch": "runs of one epoch", "small": "runs, small scale", "ablations.json": "ablations", "time.json": "training times"}
+_PAGES = {
+    "experiments/01_vision.ipynb": "vision experiments", "experiments/02_language.ipynb": "language experiments",
+    "experiments/03_contenders.ipynb": "all contenders", "experiments/04_ablations.ipynb": "ablations",
+    "experiments/05_training_time.ipynb": "training time", "core/04_tree.ipynb": "the tree",
+    "core/07_algorithm.ipynb": "the algorithm", "theory/02_regret.ipynb": "regret",
+    "theory/03_complexity.ipynb": "what a search costs"}
+_STREAMS = {"split-digits": "digits", "split-fashion-mnist": "Fashion-MNIST", "cldr": "six languages",
+            "math-llm": "Math-LLM", "trace": "TRACE", "cl-benchmark-1": "first O-LoRA order"}
+_FILES = {"quick": "runs", "quick/one-epoch": "runs of one epoch", "small": "runs, small scale",
+          "ablations.json": "ablations", "time.json": "training times"}
 
 
 def _title(page: str) -> str:

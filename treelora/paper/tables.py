@@ -85,7 +85,8 @@ def _data_of(path: Path, changed: int, size: int) -> tuple[tuple[int, str | None
 
 
 def _data_seed(result: dict) -> int | None:
-    "The seed that a result's data was drawn with; a row has it as its own, if it differs from the run's."
+    """The seed that a result's data was drawn with; a row has it as its own, if it differs from the
+    run's."""
     found = [_part(result, name) for name in ("data_seed", "config.seed", "seed")]
     return next((seed for seed in found if seed is not None), None)
 
@@ -130,7 +131,8 @@ def fits_data(
     runs: bool = True,  # whether anything is to be run, or all is there
     replaced: Collection[Path] = (),  # files that will be written anew
 ) -> None:
-    "Raise ValueError, before anything is run, when results that stay are of other data than today's."
+    """Raise ValueError, before anything is run, when results that stay are of other data than
+    today's."""
     stay = [r for r in recorded(results, stream, scale) if r.path not in replaced]
     stay = [r for r in stay if r.seed in seeds or not r.data]
     if not runs: stay = [r for r in stay if r.data]
@@ -164,7 +166,8 @@ def read_results(
     stream: str,
     scale: str,  # or another budget of it, such as "quick/half"
 ) -> dict[str, list[dict]]:  # method -> one result a seed; empty where nothing was run
-    "Results by method, in order of seed. A file that is damaged, or of another version, is named in a warning and left out. Raises ValueError for results of different data."
+    """Results by method, in order of seed. A file that is damaged, or of another version, is named
+    in a warning and left out. Raises ValueError for results of different data."""
     same_data(results, stream, scale)
     found: dict[str, list[dict]] = {}
     for path in sorted((Path(results) / stream / scale).glob("*-seed*.json")):
@@ -228,7 +231,8 @@ def table(
     stream: str | None = None,  # of our columns; None: the digits and Fashion-MNIST for Tables 1 and 11, CLDR for Tables 3 and 12, Math-LLM for Table 7, CL-benchmark's first order for Table 10, none for the others
     scale: str = "quick",  # or another budget of it, such as "quick/half"
 ) -> Table:
-    "One of the paper's tables with our columns beside it, empty where nothing was run. Raises ValueError for an unknown number."
+    """One of the paper's tables with our columns beside it, empty where nothing was run. Raises
+    ValueError for an unknown number."""
     rows, streams = paper_table(n), (stream,) if stream else STREAMS_OF.get(n, ("nothing run",))
     if n in ABLATED and (found := _ablated(n, results, stream or "split-digits")): return _beside(n, rows, found, stream or "split-digits", noted(results, stream or "split-digits"))
     ours = {s: read_results(results, s, scale) for s in streams}
