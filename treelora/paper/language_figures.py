@@ -107,7 +107,7 @@ def families(
             ax.set_title(title, fontsize=8)
     return fig
 
-
+# %% ../../nbs/paper/04_language_figures.ipynb #85b83f02
 def _own_trees(results: str | Path, stream: str, scale: str, seed: int) -> list[tuple[str, list]]:  # title, levels of groups
     """The last trees of TreeLoRA's runs with a seed, with the share of triples that agree with the
     families."""
@@ -119,7 +119,7 @@ def _own_trees(results: str | Path, stream: str, scale: str, seed: int) -> list[
                    for r in runs if r["config"]["seed"] == seed]
     return panels
 
-
+# %% ../../nbs/paper/04_language_figures.ipynb #c4c61baf
 def _afterwards(result: dict, runs: Sequence[dict]) -> tuple[str, list]:  # title, levels of groups
     """The tree, of those that can be made from a run's signatures, that agrees best with the
     families over all seeds."""
@@ -134,7 +134,7 @@ def _gram(result: dict, source: str):
     import torch  # here: the other figures need none
     return torch.tensor(result["extra"]["gram"][source])
 
-
+# %% ../../nbs/paper/04_language_figures.ipynb #fa6cd01d
 def family_groups(languages: Sequence[str]) -> list[list[list[str]]]:
     "The levels of the family tree, as sets of languages."
     levels = [[list(languages)]]
