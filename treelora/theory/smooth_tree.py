@@ -111,10 +111,10 @@ class _Arms(TaskTree):
         shape = n_seeds, len(self.means)
         return NOISES[self.noise](self.means.expand(shape), torch.rand(shape, generator=rng, dtype=torch.float64))
 
-# %% ../../nbs/theory/01_smooth_tree.ipynb #th3c012
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th3d012
 INFORMED = ("tree-lcb", "tree-lcb-v", "tree-lcb-path", "tree-lcb-printed", "bast")  # searches that take delta and gamma
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th3c012
 class SmoothTree(_Arms):
     """A tree of arms whose mean losses are known: smooth by construction (Assumption 1), or of any
     given means."""
