@@ -40,7 +40,8 @@ def alternating_ms(
     *calls: Callable[[], None],
     repeats: int = 30,
 ) -> list[float]:  # one median a call
-    "Median times of calls that take turns, so that whatever slows the machine for a while slows all of them, in milliseconds on their own thread."
+    """Median times of calls that take turns, so that whatever slows the machine for a while slows
+    all of them, in milliseconds on their own thread."""
     times = [[] for _ in calls]
     for _ in range(repeats + 3):
         for call, own in zip(calls, times): own.append(_thread_ms(call))
@@ -79,15 +80,17 @@ def _measured(tl: TreeLoRA) -> Iterator[None]:
 
 
 def has_compiler() -> bool:
-    "Whether `compile=True` can work on this machine's CPU: a C++ compiler and Python's headers are there."
+    """Whether `compile=True` can work on this machine's CPU: a C++ compiler and Python's headers
+    are there."""
     return which(os.environ.get("CXX", "g++")) is not None and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #775d36dd
 def bench_steps(
     cases: Sequence[tuple[int, int, int, bool]] = ((64, 32768, 8, False),),  # layers L, width D, tasks learned before, whether `step` is compiled
     shared: int = 16,  # how many tasks have adapters of their own; the others share these, for want of memory
 ) -> list[dict]:
-    "Median time of `tl.step()` on one thread in each case, beside its floor: seven passes over an L x D matrix, of which a plain copy makes two. All cases and copies take turns."
+    """Median time of `tl.step()` on one thread in each case, beside its floor: seven passes over an
+    L x D matrix, of which a plain copy makes two. All cases and copies take turns."""
     with one_thread(), ExitStack() as stack:
         calls = [call for case in cases for call in _copy_and_step(stack, *case, shared)]
         found = alternating_ms(*calls)
@@ -109,7 +112,8 @@ def _copy_and_step(stack: ExitStack, n_layers: int, width: int, n_tasks: int, co
 
 
 def _pretend(tl: TreeLoRA, n_tasks: int) -> None:
-    "Let the search see many tasks: random signatures of its own in the tree, in the bank the rows of the few that are there."
+    """Let the search see many tasks: random signatures of its own in the tree, in the bank the rows
+    of the few that are there."""
     g, few = torch.Generator().manual_seed(0), len(tl.bank.weight)
     names, G = [f"task {k}" for k in range(n_tasks)], torch.randn(n_tasks, 24, 16, generator=g)
     tl.tree = TaskTree()
@@ -125,7 +129,8 @@ def bench_searches(
     trees: Sequence[TaskTree],
     n_layers: int = 64,
 ) -> list[dict]:
-    "Median time of one round of each search on each tree (for the full sweep: with the losses of all tasks), and what it takes to begin a task: the search's tables. All take turns."
+    """Median time of one round of each search on each tree (for the full sweep: with the losses of
+    all tasks), and what it takes to begin a task: the search's tables. All take turns."""
     with one_thread():
         made = [(name, len(tree), *_begin_and_round(name, tree, n_layers)) for name in names for tree in trees]
         times = alternating_ms(*(round for *_, round in made))
@@ -133,7 +138,8 @@ def bench_searches(
 
 
 def _begin_and_round(name: str, tree: TaskTree, n_layers: int) -> tuple[float, Callable]:
-    "Milliseconds to make a search, and a round of it, after 200 rounds; after one where a round looks at all tasks."
+    """Milliseconds to make a search, and a round of it, after 200 rounds; after one where a round
+    looks at all tasks."""
     start = time.thread_time()
     search, t = get_search(name, tree, n_layers), iter(range(1, 10 ** 6))
     begin = 1e3 * (time.thread_time() - start)
@@ -146,7 +152,7 @@ def _begin_and_round(name: str, tree: TaskTree, n_layers: int) -> tuple[float, C
     for _ in range(1 if search.wants_all else 200): round()
     return begin, round
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #8a0ae020
 def random_tree(n_tasks: int) -> TaskTree:
     "A tree of so many random signatures, built at once."
     tree = TaskTree()
@@ -178,7 +184,7 @@ def bench_scale(
     trees, steps = [random_tree(n) for n in sizes], bench_steps([(n_layers, width, n, False) for n in sizes])
     return {"searches": bench_searches(SCALED, trees, n_layers), "insertions": [bench_insert(tree) for tree in trees], "steps": steps, "growth": steps[-1]["step_ms"] / steps[0]["step_ms"]}
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #f6b51e2e
 def draw_scale(
     found: dict,  # from `bench_scale`
     ax=None,
@@ -196,7 +202,7 @@ def draw_scale(
     ax.legend(fontsize=8, frameon=False)
     return ax
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #85d286c3
 def run_scale(
     out: str | Path = "results/bench",  # folder of scale.json
     figures: str | Path = "figures",  # folder of scale.svg and scale.png
@@ -253,7 +259,7 @@ def bench_training(
     return {"device": str(device), "threads": torch.get_num_threads(), "pairs": pairs, "plain_ms": 1e3 * plain, "treelora_ms": 1e3 * ours, "ratio": median(ratios),
             "quartiles": quantiles(ratios, n=4)[::2], "step_ms": 1e3 * share * plain, "share": share}
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #d64b1a46
 def bench_language(
     batch: int = 4,
     tokens: int = 64,
@@ -279,7 +285,7 @@ def bench_vision(
     x, y = torch.randn(batch, 3, 224, 224, device=device), torch.arange(batch, device=device)
     return {"model": "ViT-B/16", "batch": f"{batch} images"} | bench_training(model, lambda: nn.functional.cross_entropy(model(x), y), pairs)
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #8e8e6213
 def matrix_products(size: int = 512) -> float:  # GFLOP/s
     "How fast this machine multiplies matrices on one thread."
     a = torch.randn(size, size)
@@ -316,14 +322,15 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        "What `save` wrote. Raises FileNotFoundError or ValueError when there is nothing of this form."
+        """What `save` wrote. Raises FileNotFoundError or ValueError when there is nothing of this
+        form."""
         path, how = Path(path), "measure it with `treelora bench --out results/bench/bench.json`"
         if not path.is_file(): raise FileNotFoundError(f"There is no {path.name} yet; {how}.")
         found = json.loads(path.read_text())
         if set(found) != set(cls.__dataclass_fields__): raise ValueError(f"{path.name} was written by another version; {how} again.")
         return cls(**found)
 
-
+# %% ../../nbs/experiments/07_bench.ipynb #c93d3d57
 def bench(
     out: str | Path | None = None,  # JSON file to write
     quick: bool = False,  # small sizes, to see that it works

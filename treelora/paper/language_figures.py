@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..experiments.language import LAYERS, agreement, family_kinship, mean_agreement, saved_kinship, tree_from_gram
-from .figures import draw_groups, load_results, look, new_figure, over_seeds, save_figure, style
+from .figures import draw_groups, load_results, look, new_figure, save_figure, short_name, style
+from .statistics import over_seeds
 from ..learning.text import FAMILIES
 
 # %% ../../nbs/paper/04_language_figures.ipynb #f4309332
@@ -31,7 +32,7 @@ def matrices(
     "R of several methods as heat maps, in hundredths. Raises FileNotFoundError without results."
     found = load_results(results, stream, scale, methods)
     R = {m: 100 * np.mean([np.array(r["R"], dtype=float) for r in runs], axis=0) for m, runs in found.items()}
-    top, tasks = max(np.nanmax(x) for x in R.values()), next(iter(found.values()))[0]["tasks"]
+    top, tasks = max(np.nanmax(x) for x in R.values()), [short_name(t) for t in next(iter(found.values()))[0]["tasks"]]
     with style():
         fig = new_figure(figsize=(1.85 * len(R) + 0.3, 2.1))
         for ax, (m, x) in zip(np.atleast_1d(fig.subplots(1, len(R), sharey=True)), R.items()):
@@ -56,7 +57,8 @@ def pareto(
     stream: str = "cldr",
     scale: str = "quick",
 ) -> Figure:
-    "Final score against forgetting: the paper's form over lambda, and the other methods. Raises FileNotFoundError without results."
+    """Final score against forgetting: the paper's form over lambda, and the other methods. Raises
+    FileNotFoundError without results."""
     found = load_results(results, stream, scale, ("seqlora", "treelora", "treelora-authors", "treelora-routed", "treelora-branch", "alone"))
     swept = load_results(results, stream, f"{scale}/lambda", ("treelora",))["treelora"] + found.get("treelora", [])[:1]
     strengths = sorted({r["config"]["method_config"]["lam"] for r in swept})
@@ -88,7 +90,8 @@ def families(
     method: str = "alone",  # whose signatures the tree that is made afterwards is of
     seed: int = 0,
 ) -> Figure:
-    "The family tree of the stream's languages, the trees that TreeLoRA's own runs built, and a tree made afterwards that knows the families best. Raises FileNotFoundError without results."
+    """The family tree of the stream's languages, the trees that TreeLoRA's own runs built, and a
+    tree made afterwards that knows the families best. Raises FileNotFoundError without results."""
     runs = load_results(results, stream, scale, (method,))[method]
     runs = [r for r in runs if "gram" in r.get("extra", {})]  # watched runs keep signatures
     result = next((r for r in runs if r["config"]["seed"] == seed), None)
@@ -104,9 +107,10 @@ def families(
             ax.set_title(title, fontsize=8)
     return fig
 
-
+# %% ../../nbs/paper/04_language_figures.ipynb #85b83f02
 def _own_trees(results: str | Path, stream: str, scale: str, seed: int) -> list[tuple[str, list]]:  # title, levels of groups
-    "The last trees of TreeLoRA's runs with a seed, with the share of triples that agree with the families."
+    """The last trees of TreeLoRA's runs with a seed, with the share of triples that agree with the
+    families."""
     found, panels = load_results(results, stream, scale), []
     for m in OWN:
         runs = [r for r in found.get(m, []) if r["trees"]]
@@ -115,9 +119,10 @@ def _own_trees(results: str | Path, stream: str, scale: str, seed: int) -> list[
                    for r in runs if r["config"]["seed"] == seed]
     return panels
 
-
+# %% ../../nbs/paper/04_language_figures.ipynb #c4c61baf
 def _afterwards(result: dict, runs: Sequence[dict]) -> tuple[str, list]:  # title, levels of groups
-    "The tree, of those that can be made from a run's signatures, that agrees best with the families over all seeds."
+    """The tree, of those that can be made from a run's signatures, that agrees best with the
+    families over all seeds."""
     scores = mean_agreement(runs)
     (source, where), best = max(scores.items(), key=lambda item: item[1])
     tree = tree_from_gram(LAYERS[where](_gram(result, source)), result["tasks"])
@@ -129,7 +134,7 @@ def _gram(result: dict, source: str):
     import torch  # here: the other figures need none
     return torch.tensor(result["extra"]["gram"][source])
 
-
+# %% ../../nbs/paper/04_language_figures.ipynb #fa6cd01d
 def family_groups(languages: Sequence[str]) -> list[list[list[str]]]:
     "The levels of the family tree, as sets of languages."
     levels = [[list(languages)]]
@@ -143,7 +148,8 @@ def save_language_figures(
     stream: str = "cldr",
     scale: str = "quick",
 ) -> list[Path]:
-    "Draw and save the three figures of a language stream. One without its part of the results is named in a warning and left out."
+    """Draw and save the three figures of a language stream. One without its part of the results is
+    named in a warning and left out."""
     paths = []
     for name, draw in {"matrix": matrices, "pareto": pareto, "families": families}.items():
         try: paths += save_figure(draw(results, stream, scale), f"{name}-{stream}", out)

@@ -89,13 +89,15 @@ def project_flops(
     size: int,  # numbers in a gradient
     n: int,  # stored gradients
 ) -> int:
-    "Take a gradient's components along n stored directions out of it (OGD): n inner products and n subtractions."
+    """Take a gradient's components along n stored directions out of it (OGD): n inner products and
+    n subtractions."""
     g, B = torch.empty(size, 1, device="meta"), torch.empty(size, n, device="meta")
     return count(lambda: B @ (B.T @ g))
 
 
 def olora_flops(n: int, width: int = 4096, r: int = 8, modules: int = 64) -> dict[str, int]:
-    "O-LoRA with n earlier adapters, a token: their forward pass, and a step of the penalty |A_k A^T|, which is paid once a batch."
+    """O-LoRA with n earlier adapters, a token: their forward pass, and a step of the penalty |A_k
+    A^T|, which is paid once a batch."""
     x, A = torch.empty(1, width, device="meta"), torch.empty(n * r, width, device="meta")
     B, new = torch.empty(width, n * r, device="meta"), torch.empty(r, width, device="meta")
     return {"forward": modules * count(lambda: B @ (A @ x.T)), "penalty": 3 * modules * count(lambda: A @ new.T)}
@@ -125,7 +127,8 @@ def search_cost(
     n_layers: int = 64,  # L
     repeats: int = 300,
 ) -> dict:
-    "Mean time of a round on one thread once all arms were seen, that of the first such round by itself, and the bytes of the search's tensors."
+    """Mean time of a round on one thread once all arms were seen, that of the first such round by
+    itself, and the bytes of the search's tensors."""
     with one_thread():
         tree, g = SmoothTree(max(1, math.ceil(math.log2(n))), 0.8, 0.5, 0), torch.Generator().manual_seed(0)
         search = get_search(name, tree, n_layers)

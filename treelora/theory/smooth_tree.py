@@ -19,7 +19,8 @@ from ..tree import Node, TaskTree
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30006
 def _descend(value: float, n: int, depth: int, step: Callable, branching: int, rng: torch.Generator) -> list[float]:
-    "Means of the n leaves below a node of a given value; `step(depth)` is the most that a child's value may lie above its parent's."
+    """Means of the n leaves below a node of a given value; `step(depth)` is the most that a child's
+    value may lie above its parent's."""
     if n == 1: return [value]
     rises = torch.rand(branching, generator=rng).double() * step(depth)
     rises[torch.randint(branching, (1,), generator=rng)] = 0.0
@@ -37,7 +38,8 @@ def smooth_means(
     branching: int = 2,
     scale: float = 1.0,  # shrinks all differences
 ) -> torch.Tensor:  # (N,), clipped at 1, which keeps the differences within bounds
-    "Means that differ by at most `scale * delta * gamma ** d` below a node of depth d (Assumption 1)."
+    """Means that differ by at most `scale * delta * gamma ** d` below a node of depth d (Assumption
+    1)."""
     step = lambda d: scale * delta * gamma ** d * (1 - gamma)
     return torch.tensor(_descend(low, n, depth, step, branching, rng), dtype=torch.float64).clamp(max=1.0)
 
@@ -52,7 +54,7 @@ def _uniform(m: torch.Tensor, u: torch.Tensor, half: float) -> torch.Tensor:
     "Uniform around the mean, narrower where [0, 1] ends."
     return m + (2 * u - 1) * torch.minimum(m, 1 - m).clamp(max=half)
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #8053502e
 NOISES: dict[str, Callable] = {  # means and uniform draws, of one shape -> losses in [0, 1]
     "none": lambda m, u: m,
     "quiet": lambda m, u: _uniform(m, u, 0.03),
@@ -73,7 +75,7 @@ def _check(depth: int, delta: float, gamma: float, branching: int, leaves: int |
     if leaves <= 2 ** (depth - 1): raise ValueError(f"A tree of depth {depth} is deeper than {leaves} leaves allow; give more than {2 ** (depth - 1)}, or a smaller depth.")
     if leaves > 2 ** depth: raise ValueError(f"A binary tree of depth {depth} has at most {2 ** depth} leaves, not {leaves}; give a larger depth.")
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #2105ed44
 def _nodes(shape, depth: int = 0) -> Node:
     "Nested pairs of arm numbers as nodes; a range of arms is halved by the search itself."
     if isinstance(shape, range): return Node(list(shape), depth)
@@ -81,9 +83,41 @@ def _nodes(shape, depth: int = 0) -> Node:
     children = tuple(_nodes(side, depth + 1) for side in shape)
     return Node([arm for child in children for arm in child.tasks], depth, children=children)
 
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th3b012
+class _Arms(TaskTree):
+    "A task tree whose arms have known mean losses, and noise around them."
 
-class SmoothTree(TaskTree):
-    "A tree of arms whose mean losses are known: smooth by construction (Assumption 1), or of any given means."
+    def _set(self, means: torch.Tensor, shape, delta: float, gamma: float, noise: str, branching: int) -> None:
+        "What all ways of making one share."
+        if noise not in NOISES: raise ValueError(f"Unknown noise {noise!r}; known are {', '.join(NOISES)}.")
+        if not ((means >= 0) & (means <= 1)).all(): raise ValueError("Mean losses must lie in [0, 1]; scale them first.")
+        super().__init__()
+        self.means, self.delta, self.gamma, self.noise, self.branching = means, delta, gamma, noise, branching
+        self.gaps = means - means.min()
+        self.root = _nodes(shape)
+        self._key = {arm: arm for arm in range(len(means))}
+        self._rows = dict.fromkeys(self._key, ())  # no signatures: the shape is given
+
+    def near(self, eta: float) -> int:
+        "|J_eta|, the leaves with a gap of at most eta."
+        return int((self.gaps <= eta + 1e-12).sum())
+
+    def observe(self, t: int, arms: torch.Tensor, rng: torch.Generator) -> torch.Tensor:  # (S,)
+        "Losses of the arms that S players chose."
+        return NOISES[self.noise](self.means[arms], torch.rand(len(arms), generator=rng, dtype=torch.float64))
+
+    def observe_all(self, t: int, n_seeds: int, rng: torch.Generator) -> torch.Tensor:  # (S, N)
+        "Losses of all arms, for a sweep."
+        shape = n_seeds, len(self.means)
+        return NOISES[self.noise](self.means.expand(shape), torch.rand(shape, generator=rng, dtype=torch.float64))
+
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th3d012
+INFORMED = ("tree-lcb", "tree-lcb-v", "tree-lcb-path", "tree-lcb-printed", "bast")  # searches that take delta and gamma
+
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th3c012
+class SmoothTree(_Arms):
+    """A tree of arms whose mean losses are known: smooth by construction (Assumption 1), or of any
+    given means."""
 
     def __init__(
         self,
@@ -110,26 +144,17 @@ class SmoothTree(TaskTree):
         gamma: float = 0.5,
         noise: str = "bernoulli",
     ) -> "SmoothTree":
-        "An environment with given means on a given tree. Raises ValueError for means outside [0, 1]."
+        """An environment with given means on a given tree. Raises ValueError for means outside [0,
+        1]."""
         _check(1, delta, gamma, 2, None)
         tree = cls.__new__(cls)
         tree._set(torch.as_tensor(means).double(), range(len(means)) if shape is None else shape, delta, gamma, noise, 2)
         return tree
 
-    def _set(self, means: torch.Tensor, shape, delta: float, gamma: float, noise: str, branching: int) -> None:
-        "What both ways of making one share."
-        if noise not in NOISES: raise ValueError(f"Unknown noise {noise!r}; known are {', '.join(NOISES)}.")
-        if not ((means >= 0) & (means <= 1)).all(): raise ValueError("Mean losses must lie in [0, 1]; scale them first.")
-        super().__init__()
-        self.means, self.delta, self.gamma, self.noise, self.branching = means, delta, gamma, noise, branching
-        self.gaps = means - means.min()
-        self.root = _nodes(shape)
-        self._key = {arm: arm for arm in range(len(means))}
-        self._rows = dict.fromkeys(self._key, ())  # no signatures: the shape is given
-
     @property
     def smoothness(self) -> dict:  # delta and gamma, for a search
-        "The bound on differences in terms of the binary tree: a node of b children is log2(b) binary levels."
+        """The bound on differences in terms of the binary tree: a node of b children is log2(b)
+        binary levels."""
         levels = self.branching.bit_length() - 1
         gamma = self.gamma ** (1 / levels)
         return {"delta": self.delta * gamma ** (1 - levels), "gamma": gamma}
@@ -145,22 +170,6 @@ class SmoothTree(TaskTree):
         informed = self.smoothness if name in INFORMED else {}
         return get_search(name, self, n_seeds, seed, **(informed | options))
 
-    def near(self, eta: float) -> int:
-        "|J_eta|, the leaves with a gap of at most eta."
-        return int((self.gaps <= eta + 1e-12).sum())
-
-    def observe(self, t: int, arms: torch.Tensor, rng: torch.Generator) -> torch.Tensor:  # (S,)
-        "Losses of the arms that S players chose."
-        return NOISES[self.noise](self.means[arms], torch.rand(len(arms), generator=rng, dtype=torch.float64))
-
-    def observe_all(self, t: int, n_seeds: int, rng: torch.Generator) -> torch.Tensor:  # (S, N)
-        "Losses of all arms, for a sweep."
-        shape = n_seeds, len(self.means)
-        return NOISES[self.noise](self.means.expand(shape), torch.rand(shape, generator=rng, dtype=torch.float64))
-
-
-INFORMED = ("tree-lcb", "tree-lcb-v", "tree-lcb-path", "tree-lcb-printed", "bast")  # searches that take delta and gamma
-
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30016
 def spreads(
     tree: SmoothTree,
@@ -173,7 +182,7 @@ def spreads(
         best[inner], worst[inner] = torch.minimum(best[left], best[right]), torch.maximum(worst[left], worst[right])
     return nodes, best, worst - best
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #b6dc89d9
 def smoothness_slack(
     tree: SmoothTree,
 ) -> float:  # negative where some node breaks Assumption 1
@@ -190,7 +199,8 @@ def lopsided(
     near_gap: float = 0.05,  # the largest gap among the good leaves
     noise: str = "bernoulli",
 ) -> SmoothTree:  # delta 1, gamma 1/2
-    "One quarter holds the good leaves, the three others all the rest, at gaps of 0.4 and more. Raises ValueError for too few leaves."
+    """One quarter holds the good leaves, the three others all the rest, at gaps of 0.4 and more.
+    Raises ValueError for too few leaves."""
     if near < 1 or n < near + 3: raise ValueError(f"near={near} good leaves and three other quarters need at least {near + 3} leaves, not {n}.")
     rng, far = torch.Generator().manual_seed(seed), n - near
     sizes = [near, *(far // 3 + (i < far % 3) for i in range(3))]
@@ -200,14 +210,15 @@ def lopsided(
     ranges = [range(a, b) for a, b in zip(ends, ends[1:])]
     return SmoothTree.of(torch.cat(groups), ((ranges[0], ranges[1]), (ranges[2], ranges[3])), 1.0, 0.5, noise)
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #c53d50b8
 def needle(
     depth: int,
     gap: float = 0.4,  # of all leaves but two
     seed: int = 0,
     noise: str = "bernoulli",
 ) -> SmoothTree:
-    "A pair of good leaves somewhere among `2 ** depth`; smooth only with a gamma that goes to 1 with the depth."
+    """A pair of good leaves somewhere among `2 ** depth`; smooth only with a gamma that goes to 1
+    with the depth."""
     n, rng = 2 ** depth, torch.Generator().manual_seed(seed)
     at = 2 * torch.randint(n // 2, (1,), generator=rng).item()
     means = torch.full((n,), 0.1 + gap, dtype=torch.float64)
@@ -219,7 +230,8 @@ def chain(
     depth: int,  # D, how many times one can leave
     noise: str = "none",
 ) -> SmoothTree:
-    "Leaving at step d costs d / D; who never leaves finds a loss of 0 (Coquelin & Munos 2007, mirrored)."
+    """Leaving at step d costs d / D; who never leaves finds a loss of 0 (Coquelin & Munos 2007,
+    mirrored)."""
     if depth < 1: raise ValueError(f"depth={depth} must be at least 1, or there is nothing to choose.")
     shape = (depth - 1, depth)
     for d in range(depth - 2, -1, -1): shape = (d, shape)
@@ -245,12 +257,12 @@ class Played:
         "Standard error of the mean regret."
         return self.regret.std(1) / math.sqrt(self.regret.shape[1])
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #4acb681f
 def marks_up_to(T: int, n: int = 40) -> list[int]:
     "About n rounds from 1 to T, evenly spaced on a logarithmic axis."
     return sorted({round(T ** (i / (n - 1))) for i in range(n)})
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #1e50142f
 def play(
     search: Search,  # made for an environment: `tree.search(name, n_seeds)`
     T: int,  # rounds
@@ -306,11 +318,12 @@ def pulls_bound(
     n_arms: int,  # N
     constants: str = "redone",
 ) -> float:
-    "How often a leaf can be chosen with probability 1 - 1/T: Lemma 1 for BAST's width, the same step for that of Eq. 2."
+    """How often a leaf can be chosen with probability 1 - 1/T: Lemma 1 for BAST's width, the same
+    step for that of Eq. 2."""
     if constants == "eq2": return 16 * math.log(T) / gap ** 2 + 1
     return 6 / gap ** 2 * math.log(4 * n_arms * T / gap ** 2)
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #214abf10
 def first_depth(
     delta: float,
     gamma: float,
@@ -329,7 +342,7 @@ def _far(T: int, n_arms: int, delta: float, gamma: float, eta: float, constants:
         return 54 * (3 * delta) ** c / eta ** (2 + c) * math.log(4 * n_arms * T / eta ** 2)
     return min(2 ** first_depth(delta, gamma, eta), n_arms) * pulls_bound(eta / 3, T, n_arms, constants)
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #6e3138ba
 def bound_terms(
     T: int,  # rounds
     n_arms: int,  # N
@@ -352,7 +365,7 @@ def bound_terms(
     a, c = ac(threshold)
     return {"threshold": threshold, "a": a, "c": c, "d": _far(T, n_arms, delta, gamma, eta, constants)}
 
-
+# %% ../../nbs/theory/01_smooth_tree.ipynb #ddcb39fb
 def regret_bound(
     T: int,  # rounds
     n_arms: int,  # N
