@@ -42,7 +42,8 @@ def game(
     environment=None,  # None: the tree
     **options,  # of the search
 ) -> Played:
-    "One player on one environment. The sweep is given what it chooses only: each arm once, then the best."
+    """One player on one environment. The sweep is given what it chooses only: each arm once, then
+    the best."""
     name, own = PLAYERS[player]
     search = tree.search(name, n_seeds, seed, **({"horizon": T} if name in TIMED else {}), **(own | options))
     search.wants_all = False
@@ -73,7 +74,8 @@ def save(
 
 # %% ../../nbs/theory/02_regret.ipynb #th31012
 def run_curves(results: str | Path = "results", T: int = 20_000, n_seeds: int = 20) -> Path:
-    "Regret over the rounds: the tree player and the flat one to the end, all others for a tenth of it."
+    """Regret over the rounds: the tree player and the flat one to the end, all others for a tenth
+    of it."""
     trees = {"smooth": SmoothTree(6, 0.8, 0.5, 3), "lopsided": lopsided(64), "needle": needle(6)}
     rows = []
     for kind, tree in trees.items():
@@ -87,7 +89,8 @@ def run_curves(results: str | Path = "results", T: int = 20_000, n_seeds: int = 
 
 # %% ../../nbs/theory/02_regret.ipynb #th31017
 def run_horizon_exponent(results: str | Path = "results", n_seeds: int = 20, n: int = 16) -> Path:
-    "Regret against T where the gap is the hardest for each T, sqrt(N / T): the case that sqrt(T) speaks of."
+    """Regret against T where the gap is the hardest for each T, sqrt(N / T): the case that sqrt(T)
+    speaks of."""
     rows = []
     for T in (1000, 3000, 10_000, 30_000):
         means = torch.full((n,), 0.5, dtype=torch.float64)
@@ -97,7 +100,8 @@ def run_horizon_exponent(results: str | Path = "results", n_seeds: int = 20, n: 
 
 # %% ../../nbs/theory/02_regret.ipynb #th31020
 def run_sizes(results: str | Path = "results", T: int = 5000, n_seeds: int = 20, depths: Sequence[int] = (3, 4, 6, 8, 10, 12)) -> Path:
-    "Regret against N: |J_eta| fixed on a lopsided tree and on a needle, growing on a balanced one; the tree player and the flat one."
+    """Regret against N: |J_eta| fixed on a lopsided tree and on a needle, growing on a balanced
+    one; the tree player and the flat one."""
     makers = {"lopsided": lambda d: lopsided(2 ** d), "needle": needle, "balanced": lambda d: SmoothTree(d, 0.8, 0.5, 3)}
     rows = []
     for kind, make in makers.items():
@@ -135,7 +139,8 @@ def run_delta(results: str | Path = "results", T: int = 3000, n_seeds: int = 20)
 
 # %% ../../nbs/theory/02_regret.ipynb #th31034
 def run_chain(results: str | Path = "results", limit: int = 5000, depths: Sequence[int] = range(2, 13)) -> Path:
-    "The round in which a player first finds the leaf at the end of the chain; a player is asked no further once it has not found it."
+    """The round in which a player first finds the leaf at the end of the chain; a player is asked
+    no further once it has not found it."""
     rows = []
     for player, options in (("UCT", {"c": 1.0}), ("UCT", {"c": 0.1}), ("tree LCB, c = 0.1", {"delta": 1.0}), ("BAST, flat", {}), ("flat LCB, c = 0.1", {})):
         for depth in depths:
@@ -187,7 +192,8 @@ def measured_terms(
     eta: float,
     threshold: float,
 ) -> dict[str, torch.Tensor]:  # a, c, d, each (S,)
-    "What each term of the proof bounds, counted: regret of leaves below the threshold, below near nodes of depth h, of all others."
+    """What each term of the proof bounds, counted: regret of leaves below the threshold, below near
+    nodes of depth h, of all others."""
     nodes, value, _ = spreads(tree)
     s = tree.smoothness
     h = 0 if math.isinf(eta) else min(first_depth(s["delta"], s["gamma"], eta), nodes.paths.shape[1] - 1)
@@ -204,7 +210,8 @@ def checked(
     T: int,
     kinds: Sequence[str] = ("paper", "redone"),
 ) -> dict:
-    "A game against the theory: largest regret of a seed over each bound, largest number of pulls of a leaf over Lemma 1, and the proof's terms."
+    """A game against the theory: largest regret of a seed over each bound, largest number of pulls
+    of a leaf over Lemma 1, and the proof's terms."""
     gaps, pulls = tree.gaps, played.pulls.double()
     bad = gaps > 1e-9
     own = "eq2" if "eq2" in kinds else "redone"
@@ -220,7 +227,8 @@ def checked(
 
 # %% ../../nbs/theory/02_regret.ipynb #th31044
 def run_settings(results: str | Path = "results", T: int = 1000, n_seeds: int = 25) -> Path:
-    "Many environments that meet Assumption 1, BAST and Eq. 2 with log T on each: is a bound ever broken?"
+    """Many environments that meet Assumption 1, BAST and Eq. 2 with log T on each: is a bound ever
+    broken?"""
     rows, seed = [], 0
     for depth in (3, 6):
         for delta in (0.3, 0.9):
@@ -234,7 +242,8 @@ def run_settings(results: str | Path = "results", T: int = 1000, n_seeds: int = 
 
 # %% ../../nbs/theory/02_regret.ipynb #th31056
 def run_short(results: str | Path = "results", n_seeds: int = 20, T: int = 2000) -> Path:
-    "The games that training plays: 2 to 50 arms, up to 2,000 rounds, quiet (stored) and noisy (fresh) observations."
+    """The games that training plays: 2 to 50 arms, up to 2,000 rounds, quiet (stored) and noisy
+    (fresh) observations."""
     rows = []
     for n in (2, 10, 50):
         for signal, noise in (("stored", "quiet"), ("fresh", "bounded")):
@@ -245,7 +254,8 @@ def run_short(results: str | Path = "results", n_seeds: int = 20, T: int = 2000)
 
 # %% ../../nbs/theory/02_regret.ipynb #th31061
 class Recorder(TreeLoRAPaper):
-    "TreeLoRA that also writes down, in each round of the last task, the loss of every arm, stored and fresh."
+    """TreeLoRA that also writes down, in each round of the last task, the loss of every arm, stored
+    and fresh."""
     name = "treelora-recorded"
 
     def __init__(self, *args, **changes):
