@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pass', 'Keeper']
 
-# %% ../../nbs/learning/10c_keeper.ipynb #d86e4f29
+# %% ../../nbs/learning/10c_keeper.ipynb #b6e54c2b
 import hashlib, json
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..engine.checkpoint import Checkpoints, Weights, check_writable, fingerprin
 from ..engine.packer import Packer
 from .result import _version
 
-# %% ../../nbs/learning/10c_keeper.ipynb #0144c619
+# %% ../../nbs/learning/10c_keeper.ipynb #3a8be68f
 class Pass:
     "The batches of one stage, epoch after epoch, from a place that can be found again."
 
@@ -58,7 +58,7 @@ def _generators(loader: DataLoader) -> list[torch.Generator]:
     found = (getattr(p, "generator", None) for p in places)
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-# %% ../../nbs/learning/10c_keeper.ipynb #89fe268d
+# %% ../../nbs/learning/10c_keeper.ipynb #b45aec2a
 def _run_of(learner, trained: set[str]) -> dict:
     "What a run is, as far as a checkpoint must fit it."
     stream, method = learner.stream, learner.method
@@ -88,7 +88,7 @@ def _add(digest, item) -> None:
     for part in item if isinstance(item, (tuple, list)) else [item]:
         digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
 
-# %% ../../nbs/learning/10c_keeper.ipynb #21fb3f23
+# %% ../../nbs/learning/10c_keeper.ipynb #7751cc66
 _KEPT = ("done", "R", "curves", "per_task", "steps", "samples")  # attributes of a learner
 
 
@@ -103,7 +103,7 @@ def _take_up(learner, kept: dict) -> None:
         if name == "R": learner.R[:] = kept["R"]
         else: setattr(learner, name, kept[name])
 
-# %% ../../nbs/learning/10c_keeper.ipynb #5e9276cf
+# %% ../../nbs/learning/10c_keeper.ipynb #54f921a0
 def _half(learner, stage) -> dict:
     "What the rest of a stage depends on."
     scaler = learner.accelerator.scaler
@@ -123,7 +123,7 @@ def _go_on(learner, stage, half: dict) -> None:
     learner.processes.skip(half["place"]["since"])
     restore_random_states(half["random"])
 
-# %% ../../nbs/learning/10c_keeper.ipynb #6861cc0b
+# %% ../../nbs/learning/10c_keeper.ipynb #3437415e
 class Keeper:
     "Checkpoints of a learner: when to write them, what they hold, how to go on."
 
@@ -172,7 +172,7 @@ class Keeper:
         _check_same(self, saved)
         return None if saved is None else _read(self, saved)
 
-# %% ../../nbs/learning/10c_keeper.ipynb #7035988f
+# %% ../../nbs/learning/10c_keeper.ipynb #041998f3
 def _write(keeper: Keeper, stage) -> None:
     "Pack what a run is at this moment, and write it."
     own, method = keeper.learner, keeper.learner.method
@@ -204,7 +204,7 @@ def _read(keeper: Keeper, saved) -> dict | None:  # a stage that was in the midd
     restore_random_states(state["random"])
     return state["stage"] and state["stage"] | {"random": state["random"]}
 
-# %% ../../nbs/learning/10c_keeper.ipynb #58a7b597
+# %% ../../nbs/learning/10c_keeper.ipynb #40c03fa3
 def _check_same(keeper: Keeper, saved) -> None:
     "Raise ValueError when the processes have found different checkpoints: their folders are not the same."
     own = keeper.learner
