@@ -64,14 +64,16 @@ class Part:
         "What a checkpoint in the middle of a stage has to hold of this part."
         return {}
 
-# %% ../nbs/learning/10_learner.ipynb #b3211a01
+# %% ../nbs/learning/10_learner.ipynb #f921ff0e
 class Steps:
     "Takes the steps of a stage, one after the other."
-    processes, compile = Alone(), False  # one process, nothing compiled, unless it is told otherwise
+    # one process, nothing compiled, unless it is told otherwise
+    processes, compile = Alone(), False
 
     def _train(self, stage: Stage, half: dict | None = None) -> None:
         "All steps of a stage, or the rest of them, with what the parts do."
-        with self.watch("train"): stage.optimizer, stage.schedule = self._optimizer(stage.total)
+        with self.watch("train"):
+            stage.optimizer, stage.schedule = self._optimizer(stage.total)
         if half: stage.step, stage.seen = half["step"], half["seen"]
         parts = self.parts
         try:
@@ -101,10 +103,12 @@ class Steps:
 
     def _step(self, batch, optimizer) -> torch.Tensor:
         "One batch: loss, backward, the method's part, optimiser."
-        with self.processes.masks(), _stance("default", self.compile): loss = self.method.loss(batch)
+        with self.processes.masks(), _stance("default",
+                                             self.compile): loss = self.method.loss(batch)
         self.accelerator.backward(loss)
         loss = self.processes.average(self.method, batch, loss, optimizer)
-        if _will_step(self.accelerator.scaler, optimizer): self.method.after_backward(batch, loss)
+        if _will_step(self.accelerator.scaler, optimizer): self.method.after_backward(batch,
+                                                                                      loss)
         optimizer.step()
         optimizer.zero_grad()
         self.method.after_step()
@@ -128,17 +132,21 @@ def _rate(schedule: str, total: int):
     if schedule == "constant": return lambda t: 1.0
     return lambda t: 0.5 * (1 + math.cos(math.pi * t / total))
 
-# %% ../nbs/learning/10_learner.ipynb #69bfe414
+# %% ../nbs/learning/10_learner.ipynb #c2b782bd
 class Loop(Steps):
-    "Trains one method on one stream, stage after stage; what else is to happen is handed to it."
-    keeper, items = None, None  # items: what reaches the adapters, for each example of the stage
+    """Trains one method on one stream, stage after stage; what else is to happen is handed to
+    it."""
+    # items: what reaches the adapters, for each example of the stage
+    keeper, items = None, None
     ahead = shard = False
 
     def __init__(self, stream: Stream, method, epochs: list[int], batch_size: int, lr: float,
                  seed: int, schedule: str, processes: Alone, parts: Sequence[Part] = ()):
-        self.stream, self.method, self.epochs, self.batch_size = stream, method, epochs, batch_size
+        self.stream, self.method = stream, method
+        self.epochs, self.batch_size = epochs, batch_size
         self.lr, self.seed, self.schedule, self._parts = lr, seed, schedule, list(parts)
-        self.processes, self.accelerator, self.watch = processes, processes.accelerator, Stopwatch()
+        self.processes, self.accelerator = processes, processes.accelerator
+        self.watch = Stopwatch()
         self.R = np.full((len(stream), len(stream)), np.nan)
         self.curves, self.per_task, self.steps = [], [], []  # of the stages that are over
         self.samples, self.done = 0, 0  # examples that were trained on; stages that are over
@@ -185,10 +193,11 @@ class Loop(Steps):
 
     def _evaluate(self, tasks: list[int]) -> None:
         "One row of R: all tasks seen so far."
-        row = self.processes.row(tasks[-1] + 1, lambda i: _score(self, self.stream[i]), self.shard)
+        row = self.processes.row(tasks[-1] + 1, lambda i: _score(self, self.stream[i]),
+                                 self.shard)
         self.R[tasks[-1], :len(row)] = row
 
-# %% ../nbs/learning/10_learner.ipynb #01759d8e
+# %% ../nbs/learning/10_learner.ipynb #a82b8aa8
 def _prepare(loop: Loop, tasks: list[int], half: dict | None) -> tuple[Stage, DataLoader]:
     "A stage that is about to train, or to go on, and a loader of its whole batches."
     before = half["before"] if half else loop.watch.seconds.get("train", 0.0)
@@ -223,17 +232,20 @@ def _score(loop: Loop, task) -> float:
     "The score of a task's test inputs, as the stream computes it."
     predict = loop.method.predictor(task)
     with loop.watch("evaluate"), loop.accelerator.autocast():
-        return loop.stream.evaluate(task, predict, seed=loop.seed, prepare=loop.processes.placed)
+        return loop.stream.evaluate(task, predict, seed=loop.seed,
+                                    prepare=loop.processes.placed)
 
-# %% ../nbs/learning/10_learner.ipynb #bbb72f94
+# %% ../nbs/learning/10_learner.ipynb #e349092e
 class Bar(Part):
     "Shows how far a stage is, and its loss."
     bar = None
 
     def begin(self, loop, stage, half):
         method, nth = loop.method, len(loop.per_task) + 1
-        label = f"{loop.stream.name} {method.name} seed {loop.seed}: {stage.name} ({nth}/{len(method.stages())})"
-        self.bar = tqdm(total=stage.total, initial=stage.step, desc=label, unit="step", leave=False)
+        who = f"{loop.stream.name} {method.name} seed {loop.seed}"
+        label = f"{who}: {stage.name} ({nth}/{len(method.stages())})"
+        self.bar = tqdm(total=stage.total, initial=stage.step, desc=label, unit="step",
+                        leave=False)
 
     def after_step(self, loop, stage):
         self.bar.update()
@@ -276,7 +288,7 @@ class Curve(Part):
 
     def state(self): return {"curve": self.curve}
 
-# %% ../nbs/learning/10_learner.ipynb #108c0253
+# %% ../nbs/learning/10_learner.ipynb #8f3042ac
 WINDOW = 8  # steps whose mean loss decides whether a task is solved
 
 
@@ -286,7 +298,8 @@ class EarlyStop(Part):
     def __init__(self, stop_loss: float | None): self.stop_loss = stop_loss
 
     def begin(self, loop, stage, half):
-        self.recent = deque(half["recent"] if half else (), maxlen=min(WINDOW, stage.epoch))  # losses
+        # losses
+        self.recent = deque(half["recent"] if half else (), maxlen=min(WINDOW, stage.epoch))
 
     def after_step(self, loop, stage):
         self.recent.append(stage.loss)
@@ -295,37 +308,42 @@ class EarlyStop(Part):
 
     def state(self): return {"recent": list(self.recent)}
 
-# %% ../nbs/learning/10_learner.ipynb #ee4def33
+# %% ../nbs/learning/10_learner.ipynb #34d4c19d
 def _computed_ahead(loop: Loop, tasks: list[int]) -> list | None:
     "What reaches the adapters, for all examples of a stage; None where it does not fit."
     method = loop.method
-    return activations(_loader(loop, tasks).dataset, method, method.collate, loop.processes.placed)
+    return activations(_loader(loop, tasks).dataset, method, method.collate,
+                       loop.processes.placed)
 
 
 def compile_blocks(model: torch.nn.Module) -> None:
-    "Compile the repeated blocks of a model in place, each by itself: names and classes stay. Raises ValueError when there are none."
+    """Compile the repeated blocks of a model in place, each by itself: names and classes
+    stay. Raises ValueError when there are none."""
     for block in repeated_blocks(model): block.compile()
 
-# %% ../nbs/learning/10_learner.ipynb #f74d4d42
+# %% ../nbs/learning/10_learner.ipynb #e17eebf5
 def _epochs(epochs: int | Sequence[int], n_tasks: int) -> list[int]:
     "Epochs of each task. Raises ValueError when a list has another length."
     if isinstance(epochs, int): return [epochs] * n_tasks
     if len(epochs) != n_tasks:
-        raise ValueError(f"epochs={list(epochs)} has {len(epochs)} numbers, but the stream has {n_tasks} tasks; "
+        raise ValueError(f"epochs={list(epochs)} has {len(epochs)} numbers, but the stream "
+                         f"has {n_tasks} tasks; "
                          "give one number a task, or one for all.")
     return list(epochs)
 
 
-def _check_settings(epochs: int, batch_size: int, lr: float, stop_loss: float | None, schedule: str) -> None:
+def _check_settings(epochs: int, batch_size: int, lr: float, stop_loss: float | None,
+                    schedule: str) -> None:
     "Raise ValueError for numbers that are not positive, and unknown words."
     for what, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0: raise ValueError(f"{what}={value} must be positive.")
     if stop_loss is not None and not stop_loss > 0:
-        raise ValueError(f"stop_loss={stop_loss} must be positive: training ends when the loss has come down to it.")
+        raise ValueError(f"stop_loss={stop_loss} must be positive: training ends when the "
+                         f"loss has come down to it.")
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"Unknown schedule {schedule!r}; known are constant, cosine.")
 
-# %% ../nbs/learning/10_learner.ipynb #d92e629a
+# %% ../nbs/learning/10_learner.ipynb #3728b6d0
 class Learner(Loop):
     "Train one method on one stream."
 
@@ -337,19 +355,24 @@ class Learner(Loop):
         batch_size: int,
         lr: float,  # of Adam, for everything that trains
         seed: int = 0,
-        curves: int = 0,  # how many times to measure the task at hand while it trains; 0: never
+        # how many times to measure the task at hand while it trains; 0: never
+        curves: int = 0,
         progress: bool = True,
         schedule: str = "constant",  # of the learning rate over a task: "constant" or "cosine"
         precision: str = "no",  # Accelerate's mixed precision: "no", "bf16" or "fp16"
-        ahead: bool = False,  # whether to compute the activations below the adapters once a task (`treelora.engine.ahead`)
-        stop_loss: float | None = None,  # end a task's training when its loss has come down to this
+        # whether to compute what lies below the adapters once a task (`treelora.engine.ahead`)
+        ahead: bool = False,
+        # end a task's training when its loss has come down to this
+        stop_loss: float | None = None,
         compile: bool = False,  # whether to compile the model's blocks for training
-        shard: bool = False,  # whether to cut the frozen weights up over the processes (`treelora.engine.shard`)
+        # whether to cut the frozen weights up over the processes (`treelora.engine.shard`)
+        shard: bool = False,
     ):
         self.epochs = _epochs(epochs, len(stream))
         _check_settings(min(self.epochs), batch_size, lr, stop_loss, schedule)
         if compile and shard:
-            raise ValueError("compile=True and shard=True do not go together: a compiled block would have to put "
+            raise ValueError("compile=True and shard=True do not go together: a compiled "
+                             "block would have to put "
                              "itself together; leave one of them out.")
         self.n_curve, self.progress, self.stop_loss = curves, progress, stop_loss
         self.ahead, self.compile, self.shard = ahead, compile, shard
@@ -358,8 +381,10 @@ class Learner(Loop):
         processes = processes_of(make_accelerator(precision), self._place)
         if shard: shard_frozen(method.model)
         parts = [Bar()] if progress and processes.rank == 0 else []
-        parts += [EarlyStop(stop_loss), Curve(curves)]  # the last point of a curve is where training ended
-        super().__init__(stream, method, self.epochs, batch_size, lr, seed, schedule, processes, parts)
+        # the last point of a curve is where training ended
+        parts += [EarlyStop(stop_loss), Curve(curves)]
+        super().__init__(stream, method, self.epochs, batch_size, lr, seed, schedule,
+                         processes, parts)
 
     def _place(self) -> str:
         "Where the run is, for the message of a process that lost another one."

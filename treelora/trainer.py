@@ -136,7 +136,7 @@ def _check_run(tl: TreeLoRA, task: str, adapter: torch.Tensor, folder: Path, ban
     raise ValueError(f"{folder} {problem}; resume with the same tasks, order and settings. The bank is as it was, "
                      "and tl.load_adapter puts an adapter of it into the model.")
 
-# %% ../nbs/learning/11_trainer.ipynb #251dfcd5
+# %% ../nbs/learning/11_trainer.ipynb #6b3459e4
 class RunningTask:
     "A task of TreeLoRA that stays open until it is closed or given up."
 
@@ -175,7 +175,7 @@ class RunningTask:
         if self._batches is None: return None
         return self._batches.recomputed if self.tl.signal != "stored" else self._batches.value()
 
-# %% ../nbs/learning/11_trainer.ipynb #6efc9f7d
+# %% ../nbs/learning/11_trainer.ipynb #b74e94b2
 def _check_training(task: RunningTask, args, state, model: nn.Module) -> None:
     "Raise ValueError when this training cannot work; a task that this very training has opened is given up."
     tl, other = task.tl, getattr(task.tl, "run", None)
@@ -191,7 +191,7 @@ def _check_training(task: RunningTask, args, state, model: nn.Module) -> None:
         raise ValueError(f"signal={tl.signal!r} and penalty={tl.penalty!r} look at the loss of one process; "
                          'with several, use signal="stored" and penalty="l1" or "prox".')
 
-# %% ../nbs/learning/11_trainer.ipynb #b1b146b5
+# %% ../nbs/learning/11_trainer.ipynb #adf09e44
 def _look(tl: TreeLoRA, model: nn.Module, loader, args) -> None:
     "Find the branch before the first step, on the first batches of the data: forward passes without dropout, no step is spent on it."
     if tl.signal != "loss" or tl._now.search_rounds == 0: return

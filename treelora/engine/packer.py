@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# %% ../../nbs/engine/08b_packer.ipynb #076567d9
+# %% ../../nbs/engine/08b_packer.ipynb #acc2aed1
 TAG = "~"  # marks what JSON has no word for
 
 
@@ -23,13 +23,15 @@ TAG = "~"  # marks what JSON has no word for
 class Kind:
     "How values of one kind are written and read."
     fits: Callable  # (packer, value, path) -> whether it is of this kind
-    put: Callable  # (packer, value, path) -> a dict of JSON values, or the value as JSON has it
+    # (packer, value, path) -> a dict of JSON values, or the value as JSON has it
+    put: Callable
     get: Callable | None  # (packer, dict, value there now, path) -> value; None: JSON has it
 
 
-KINDS: dict[str, Kind] = {}  # tag -> kind, in the order in which they are asked; those of JSON come first
+# tag -> kind, in the order in which they are asked; those of JSON come first
+KINDS: dict[str, Kind] = {}
 
-# %% ../../nbs/engine/08b_packer.ipynb #5cee2177
+# %% ../../nbs/engine/08b_packer.ipynb #c4c19531
 class Packer:
     "Values of all kinds as JSON values and tensors, and back."
 
@@ -41,13 +43,15 @@ class Packer:
     ):
         self.owner, self.model, self.device = owner, model, torch.device(device)
         self.modules = {c.__module__ for c in type(owner).__mro__} - {"builtins"}
-        self.built: dict[str, object] = {}  # path -> what cannot be written, but was there at first
+        # path -> what cannot be written, but was there at first
+        self.built: dict[str, object] = {}
 
     def note_built(
         self,
         values: dict,  # as they are before anything was learned
     ) -> None:
-        "Remember the functions among some values. Raises ValueError for what can never be written."
+        """Remember the functions among some values. Raises ValueError for what can never be
+        written."""
         self._pack(values, True)
 
     def pack(
@@ -86,7 +90,8 @@ class Packer:
         "One value from data."
         if isinstance(x, list): return _get_list(self, x, like, path)
         if not isinstance(x, dict): return x
-        return KINDS[x[TAG]].get(self, x, like, path) if TAG in x else _get_plain(self, x, like, path)
+        return KINDS[x[TAG]].get(self, x, like, path) if TAG in x else _get_plain(self, x,
+                                                                                  like, path)
 
 # %% ../../nbs/engine/08b_packer.ipynb #24034ab4
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -110,10 +115,11 @@ KINDS["float"] = Kind(lambda packer, x, path: type(x) is float,
                       lambda packer, x, path: {"is": repr(x)},
                       lambda packer, x, like, path: float(x["is"]))
 
-# %% ../../nbs/engine/08b_packer.ipynb #26fdd37a
+# %% ../../nbs/engine/08b_packer.ipynb #6165141c
 def _get_weight(packer, x, like, path):
     if x["is"] in packer.weights: return packer.weights[x["is"]]
-    raise ValueError(f"{path} stands for the weight {x['is']}, which the model does not have when it is "
+    raise ValueError(f"{path} stands for the weight {x['is']}, which the model does not have "
+                     f"when it is "
                      "built; a method whose model grows needs a `restore` of its own.")
 
 
@@ -123,7 +129,7 @@ KINDS["module"] = Kind(lambda packer, x, path: id(x) in packer.parts,
                        lambda packer, x, path: {"is": packer.parts[id(x)]},
                        lambda packer, x, like, path: packer.parts[x["is"]])
 
-# %% ../../nbs/engine/08b_packer.ipynb #35a7753e
+# %% ../../nbs/engine/08b_packer.ipynb #4c3ad642
 def _put_tensor(packer, x: torch.Tensor, path: str) -> dict:
     if x.layout is not torch.strided or x.is_quantized: raise _refused(packer.owner, x, path)
     if id(x) not in packer.known: packer.known[id(x)], packer.tensors[path] = path, x
@@ -144,18 +150,21 @@ def _get_tensor(packer, x, like, path) -> torch.Tensor:
 
 @torch.no_grad()
 def _filled(packer, like, saved: torch.Tensor) -> torch.Tensor | None:
-    "What is there, with the saved values, if it can take them; a weight of the model is left alone."
+    """What is there, with the saved values, if it can take them; a weight of the model is
+    left alone."""
     if not isinstance(like, torch.Tensor) or like.is_inference(): return None
     if like.shape != saved.shape or like.dtype != saved.dtype: return None
     if id(like) in {id(w) for w in packer.weights.values()}: return None
     return like.copy_(saved)
 
 
-KINDS["tensor"] = Kind(lambda packer, x, path: isinstance(x, torch.Tensor), _put_tensor, _get_tensor)
+KINDS["tensor"] = Kind(lambda packer, x, path: isinstance(x, torch.Tensor), _put_tensor,
+                       _get_tensor)
 
-# %% ../../nbs/engine/08b_packer.ipynb #8c180a93
+# %% ../../nbs/engine/08b_packer.ipynb #e70f4b43
 def _get_list(packer, x, like, path) -> list:
-    return [packer.get(v, old, f"{path}.{i}") for i, (v, old) in enumerate(zip(x, _padded(like, len(x), list)))]
+    return [packer.get(v, old, f"{path}.{i}") for i, (v, old) in enumerate(zip(x,
+            _padded(like, len(x), list)))]
 
 
 def _padded(like, n: int, kind: type) -> list:
@@ -165,11 +174,13 @@ def _padded(like, n: int, kind: type) -> list:
 
 
 KINDS["list"] = Kind(lambda packer, x, path: type(x) is list,
-                     lambda packer, x, path: [packer.put(v, f"{path}.{i}") for i, v in enumerate(x)],
+                     lambda packer, x, path: [packer.put(v, f"{path}.{i}") for i,
+                                              v in enumerate(x)],
                      None)
 
-# %% ../../nbs/engine/08b_packer.ipynb #5581632a
-def _is_plain(packer, x, path): return type(x) is dict and all(type(k) is str and k != TAG for k in x)
+# %% ../../nbs/engine/08b_packer.ipynb #b3063161
+def _is_plain(packer, x, path): return type(x) is dict and all(type(k) is str and k != TAG
+                                                               for k in x)
 
 
 def _pairs(packer, x: dict, path: str) -> list:
@@ -189,19 +200,21 @@ def _get_pairs(packer, x, like, path) -> dict:
         made[key] = packer.get(v, there.get(key), path)
     return made
 
-
+# %% ../../nbs/engine/08b_packer.ipynb #3b700165
 KINDS["plain"] = Kind(
-    _is_plain, lambda packer, x, path: {k: packer.put(v, f"{path}.{k}") for k, v in x.items()}, None)
+    _is_plain, lambda packer, x, path: {k: packer.put(v, f"{path}.{k}") for k,
+                                        v in x.items()}, None)
 KINDS["dict"] = Kind(lambda packer, x, path: type(x) is dict,
                      lambda packer, x, path: {"is": _pairs(packer, x, path)}, _get_pairs)
 
-# %% ../../nbs/engine/08b_packer.ipynb #83715d06
+# %% ../../nbs/engine/08b_packer.ipynb #9940b09e
 _MAPS = {OrderedDict: "ordered", Counter: "counter", defaultdict: "defaultdict"}
 _FACTORIES = {"list": list, "dict": dict, "set": set, "int": int, "float": float}
 
 
 def _is_map(packer, x, path):
-    return type(x) in _MAPS and getattr(x, "default_factory", None) in (None, *_FACTORIES.values())
+    return type(x) in _MAPS and getattr(x, "default_factory", None) in (None,
+                                                                        *_FACTORIES.values())
 
 
 def _put_map(packer, x, path: str) -> dict:
@@ -215,10 +228,10 @@ def _get_map(packer, x, like, path):
     if x["kind"] == "defaultdict": return defaultdict(_FACTORIES.get(x["factory"]), items)
     return {"ordered": OrderedDict, "counter": Counter}[x["kind"]](items)
 
-
+# %% ../../nbs/engine/08b_packer.ipynb #57830f8b
 KINDS["map"] = Kind(_is_map, _put_map, _get_map)
 
-# %% ../../nbs/engine/08b_packer.ipynb #eed2d9ca
+# %% ../../nbs/engine/08b_packer.ipynb #9475ae31
 def _put_items(packer, values, path: str) -> dict:
     return {"is": [packer.put(v, f"{path}.{i}") for i, v in enumerate(values)]}
 
@@ -231,14 +244,19 @@ def _get_tuple(packer, x, like, path) -> tuple:
 def _get_items(packer, x, path) -> list: return [packer.get(v, None, path) for v in x["is"]]
 
 
-KINDS["tuple"] = Kind(lambda packer, x, path: type(x) in (tuple, torch.Size), _put_items, _get_tuple)
+KINDS["tuple"] = Kind(lambda packer, x, path: type(x) in (tuple, torch.Size), _put_items,
+                      _get_tuple)
 for _tag, _kind in (("set", set), ("frozenset", frozenset)):
     KINDS[_tag] = Kind(lambda packer, x, path, kind=_kind: type(x) is kind,
                        lambda packer, x, path: _put_items(packer, sorted(x, key=repr), path),
-                       lambda packer, x, like, path, kind=_kind: kind(_get_items(packer, x, path)))
+                       lambda packer, x, like, path, kind=_kind: kind(_get_items(packer, x,
+                                                                                 path)))
+
+# %% ../../nbs/engine/08b_packer.ipynb #ee30dbf5
 KINDS["deque"] = Kind(lambda packer, x, path: type(x) is deque,
                       lambda packer, x, path: _put_items(packer, x, path) | {"most": x.maxlen},
-                      lambda packer, x, like, path: deque(_get_items(packer, x, path), x["most"]))
+                      lambda packer, x, like, path: deque(_get_items(packer, x, path),
+                                                          x["most"]))
 
 # %% ../../nbs/engine/08b_packer.ipynb #71a483c3
 def _is_numbers(x) -> bool: return x.dtype.kind in "biuf"
@@ -254,7 +272,7 @@ KINDS["scalar"] = Kind(
     lambda packer, x, path: {"is": packer.put(x.item(), path), "dtype": x.dtype.str},
     lambda packer, x, like, path: np.dtype(x["dtype"]).type(packer.get(x["is"], None, path)))
 
-# %% ../../nbs/engine/08b_packer.ipynb #3a26cf4b
+# %% ../../nbs/engine/08b_packer.ipynb #e0442b6c
 def _get_generator(packer, x, like, path) -> torch.Generator:
     device = "cpu" if x["device"] == "cpu" else packer.device
     made = like if isinstance(like, torch.Generator) else torch.Generator(device)
@@ -285,27 +303,35 @@ KINDS["random"] = Kind(
     lambda packer, x, path: {"is": packer.put(x.getstate(), path)}, _get_random)
 KINDS["numpy generator"] = Kind(
     lambda packer, x, path: isinstance(x, np.random.Generator),
-    lambda packer, x, path: {"is": packer.put(x.bit_generator.state, path)}, _get_numpy_generator)
+    lambda packer, x, path: {"is": packer.put(x.bit_generator.state, path)},
+                                _get_numpy_generator)
 
-# %% ../../nbs/engine/08b_packer.ipynb #f8a96697
+# %% ../../nbs/engine/08b_packer.ipynb #50b206e7
 KINDS["range"] = Kind(lambda packer, x, path: isinstance(x, range),
                       lambda packer, x, path: {"is": [x.start, x.stop, x.step]},
                       lambda packer, x, like, path: range(*x["is"]))
+
+# %% ../../nbs/engine/08b_packer.ipynb #b4540d3d
 KINDS["bytes"] = Kind(lambda packer, x, path: isinstance(x, bytes),
                       lambda packer, x, path: {"is": x.hex()},
                       lambda packer, x, like, path: bytes.fromhex(x["is"]))
+
+# %% ../../nbs/engine/08b_packer.ipynb #e566ecef
 KINDS["device"] = Kind(lambda packer, x, path: isinstance(x, torch.device),
                        lambda packer, x, path: {"is": str(x)},
                        lambda packer, x, like, path: torch.device(x["is"]))
+
+# %% ../../nbs/engine/08b_packer.ipynb #a80ae088
 KINDS["dtype"] = Kind(lambda packer, x, path: isinstance(x, torch.dtype),
                       lambda packer, x, path: {"is": str(x).removeprefix("torch.")},
                       lambda packer, x, like, path: getattr(torch, x["is"]))
 
-# %% ../../nbs/engine/08b_packer.ipynb #23434401
+# %% ../../nbs/engine/08b_packer.ipynb #77083da0
 def _knows_state(save: str, load: str) -> Callable:
     "Whether a value was there at the start and has a pair of functions."
     def fits(packer, x, path) -> bool:
-        return hasattr(x, save) and hasattr(x, load) and not isinstance(x, type) and _was_built(packer, x, path)
+        return hasattr(x, save) and hasattr(x, load) and not isinstance(x,
+                type) and _was_built(packer, x, path)
     return fits
 
 
@@ -318,7 +344,8 @@ def _was_built(packer, x, path: str) -> bool:
 def _wanted(like, hook: str, path: str) -> Callable:
     "The function that takes a state."
     if hasattr(like, hook): return getattr(like, hook)
-    raise ValueError(f"{path} of the checkpoint has no counterpart with {hook}() in the method as it is "
+    raise ValueError(f"{path} of the checkpoint has no counterpart with {hook}() in the "
+                     f"method as it is "
                      "built; the method has changed since.")
 
 
@@ -331,7 +358,7 @@ def _get_load_state_dict(packer, x, like, path):
     _wanted(like, "load_state_dict", path)(packer.get(x["is"], None, path))
     return like
 
-
+# %% ../../nbs/engine/08b_packer.ipynb #2d6e6a08
 KINDS["restore"] = Kind(
     _knows_state("state", "restore"),
     lambda packer, x, path: {"is": packer.put(x.state(), f"{path}.state")}, _get_restore)
@@ -340,13 +367,14 @@ KINDS["load_state_dict"] = Kind(
     lambda packer, x, path: {"is": packer.put(x.state_dict(), f"{path}.state_dict")},
     _get_load_state_dict)
 
-# %% ../../nbs/engine/08b_packer.ipynb #7eb2ba2f
+# %% ../../nbs/engine/08b_packer.ipynb #985f7eb8
 def _is_own(packer, kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "treelora" or kind.__module__ in packer.modules
 
 
 def _is_object(packer, x, path):
-    return _is_own(packer, type(x)) and hasattr(x, "__dict__") and not isinstance(x, (nn.Module, type))
+    return _is_own(packer, type(x)) and hasattr(x, "__dict__") and not isinstance(x,
+            (nn.Module, type))
 
 
 def _put_object(packer, x, path: str) -> dict:
@@ -356,11 +384,12 @@ def _put_object(packer, x, path: str) -> dict:
     return {"class": f"{type(x).__module__}:{type(x).__qualname__}", "at": path,
             "is": {k: packer.put(v, f"{path}.{k}") for k, v in vars(x).items()}} | items
 
-# %% ../../nbs/engine/08b_packer.ipynb #01013c4d
+# %% ../../nbs/engine/08b_packer.ipynb #e8554acc
 def _get_object(packer, x, like, path):
     kind, items = _class(packer, x["class"], path), x.get("items")
     if type(like) is kind and items is None: made = like
-    else: made = kind.__new__(kind, *(packer.get(items, None, path) if items is not None else ()))
+    else: made = kind.__new__(kind, *(packer.get(items, None, path)
+                                      if items is not None else ()))
     packer.known[x["at"]] = made
     values = {k: packer.get(v, vars(made).get(k), f"{path}.{k}") for k, v in x["is"].items()}
     vars(made).clear()
@@ -372,15 +401,19 @@ def _class(packer, name: str, path: str) -> type:
     "A class that holds data, by name; nothing is imported for it."
     module, _, rest = name.partition(":")
     found = sys.modules.get(module)
-    for part in rest.split("."): found = None if part == "<locals>" else getattr(found, part, None)
-    if found is None: found = next((c for c in type(packer.owner).__mro__ if f"{c.__module__}:{c.__qualname__}" == name), None)
+    for part in rest.split("."): found = None if part == "<locals>" else getattr(found, part,
+                                                                                 None)
+    if found is None: found = next((c for c in type(packer.owner).__mro__
+                                    if f"{c.__module__}:{c.__qualname__}" == name), None)
     if isinstance(found, type) and _is_own(packer, found): return found
-    raise ValueError(f"{path} of the checkpoint is a {name}, which is not there; the method has changed since.")
+    raise ValueError(f"{path} of the checkpoint is a {name}, which is not there; the method "
+                     f"has changed since.")
 
-# %% ../../nbs/engine/08b_packer.ipynb #e38d3b1d
+# %% ../../nbs/engine/08b_packer.ipynb #9a069dde
 def _get_built(packer, x, like, path):
     if like is not None: return like
-    raise ValueError(f"{path} of the checkpoint is something that the method builds itself, but it did not; "
+    raise ValueError(f"{path} of the checkpoint is something that the method builds itself, "
+                     f"but it did not; "
                      "the method has changed since.")
 
 
@@ -389,6 +422,7 @@ KINDS["same"] = Kind(  # an object that was written already
     lambda packer, x, path: {"is": packer.known[id(x)]},
     lambda packer, x, like, path: packer.known[x["is"]])
 KINDS["object"] = Kind(_is_object, _put_object, _get_object)
-KINDS["built"] = Kind(  # a function, a tokenizer: not written, but it must be the one of the start
+# a function, a tokenizer: not written, but it must be the one of the start
+KINDS["built"] = Kind(
     lambda packer, x, path: callable(x) and _was_built(packer, x, path),
     lambda packer, x, path: {}, _get_built)

@@ -16,7 +16,7 @@ from ..engine.checkpoint import Checkpoints, Weights, check_writable, fingerprin
 from ..engine.packer import Packer
 from .result import _version
 
-# %% ../../nbs/learning/10c_keeper.ipynb #3a8be68f
+# %% ../../nbs/learning/10c_keeper.ipynb #10d0cefe
 class Pass:
     "The batches of one stage, epoch after epoch, from a place that can be found again."
 
@@ -37,36 +37,42 @@ class Pass:
 
     def _begin(self) -> None:
         "An epoch begins."
-        self._start, self._batches = [g.get_state() for g in self.generators], iter(self.loader)
+        self._start, self._batches = [g.get_state()
+                                      for g in self.generators], iter(self.loader)
 
     def place(self) -> dict:
-        "Where the loader is: its generators when the epoch began, and how many batches ago that was."
+        """Where the loader is: its generators when the epoch began, and how many batches ago
+        that was."""
         left = self.given % len(self.loader)
         start = self._start if left else [g.get_state() for g in self.generators]
         return {"generators": start, "since": left, "given": self.given}
 
     def go_to(self, place: dict) -> None:
         "Be where `place` said, by drawing the epoch's batches once more."
-        for g, state in zip(self.generators, place["generators"], strict=True): g.set_state(state)
+        for g, state in zip(self.generators, place["generators"],
+                            strict=True): g.set_state(state)
         self.given = place["given"] - place["since"]
         for _ in range(place["since"]): self.next()
 
 
 def _generators(loader: DataLoader) -> list[torch.Generator]:
     "All generators that a loader draws from, each once."
-    places = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    places = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler,
+                                                                    "sampler", None))
     found = (getattr(p, "generator", None) for p in places)
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-# %% ../../nbs/learning/10c_keeper.ipynb #b45aec2a
+# %% ../../nbs/learning/10c_keeper.ipynb #c92ad1d5
 def _run_of(learner, trained: set[str]) -> dict:
     "What a run is, as far as a checkpoint must fit it."
     stream, method = learner.stream, learner.method
     tasks = [[t.name, len(t.train), len(t.test)] for t in stream]
-    learned = {"stream": stream.name, "tasks": tasks, "data": _data_of(stream), "method": method.name,
+    learned = {"stream": stream.name, "tasks": tasks, "data": _data_of(stream),
+               "method": method.name,
                "settings": method.options, "model": type(method.model).__name__,
                "weights": fingerprint(method.model, trained)}
-    how = {"epochs": learner.epochs, "batch size": learner.batch_size, "learning rate": learner.lr,
+    how = {"epochs": learner.epochs, "batch size": learner.batch_size,
+           "learning rate": learner.lr,
            "schedule": learner.schedule, "seed": learner.seed,
            "precision": learner.accelerator.mixed_precision, "curves": learner.n_curve,
            "processes": learner.world, "computed ahead": learner.ahead,
@@ -79,14 +85,16 @@ def _data_of(stream) -> str:
     "A short hash of a sample of a stream's training data."
     digest = hashlib.sha256()
     for task in stream:
-        for i in range(0, len(task.train), max(1, len(task.train) // 16)): _add(digest, task.train[i])
+        for i in range(0, len(task.train), max(1, len(task.train) // 16)): _add(digest,
+                                                                                task.train[i])
     return digest.hexdigest()[:16]
 
 
 def _add(digest, item) -> None:
     "Add an example to a hash."
     for part in item if isinstance(item, (tuple, list)) else [item]:
-        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+        digest.update(part.numpy().tobytes() if isinstance(part,
+                torch.Tensor) else repr(part).encode())
 
 # %% ../../nbs/learning/10c_keeper.ipynb #7751cc66
 _KEPT = ("done", "R", "curves", "per_task", "steps", "samples")  # attributes of a learner
@@ -123,7 +131,7 @@ def _go_on(learner, stage, half: dict) -> None:
     learner.processes.skip(half["place"]["since"])
     restore_random_states(half["random"])
 
-# %% ../../nbs/learning/10c_keeper.ipynb #3437415e
+# %% ../../nbs/learning/10c_keeper.ipynb #576191ab
 class Keeper:
     "Checkpoints of a learner: when to write them, what they hold, how to go on."
 
@@ -134,15 +142,18 @@ class Keeper:
         every: int | None = None,  # steps; None: at each task's end alone
         resume: bool = False,  # go on from the latest checkpoint, if there is one
     ):
-        if every is not None and every < 1: raise ValueError(f"checkpoint_every={every} must be at least 1.")
+        if every is not None and every < 1: raise ValueError(f"checkpoint_every={every} must "
+                                                             f"be at least 1.")
         check_writable(folder)
         self.learner, self.every, self.again, self.restarts = learner, every, resume, 0
         method = learner.method
-        self.weights, self.packer = Weights(method.model), Packer(method, method.model, learner.device)
+        self.weights, self.packer = Weights(method.model), Packer(method, method.model,
+                                                                  learner.device)
         self.packer.note_built({"method": method.state()})
         self.book = Checkpoints(folder, _run_of(learner, self.weights.trained))
         if self.book.names() and not resume:
-            raise ValueError(f"{folder} has checkpoints of an earlier run; go on with it (--resume, resume=True), "
+            raise ValueError(f"{folder} has checkpoints of an earlier run; go on with it "
+                             f"(--resume, resume=True), "
                              "or choose or empty a folder.")
 
     def begin(self, learner, stage, half: dict | None) -> None:
@@ -151,7 +162,8 @@ class Keeper:
 
     def after_step(self, learner, stage) -> None:
         "Write a checkpoint if one is due."
-        if self.every is not None and not stage.over and stage.step % self.every == 0: self.keep(stage)
+        if self.every is not None and not stage.over and stage.step % self.every == 0:
+            self.keep(stage)
 
     def end(self, learner, stage) -> None:
         "The stage's checkpoint comes when it has been measured, too."
@@ -172,7 +184,7 @@ class Keeper:
         _check_same(self, saved)
         return None if saved is None else _read(self, saved)
 
-# %% ../../nbs/learning/10c_keeper.ipynb #041998f3
+# %% ../../nbs/learning/10c_keeper.ipynb #36a351c5
 def _write(keeper: Keeper, stage) -> None:
     "Pack what a run is at this moment, and write it."
     own, method = keeper.learner, keeper.learner.method
@@ -185,7 +197,8 @@ def _write(keeper: Keeper, stage) -> None:
     plain["seconds"] = own.watch.now()
     adapter = (lambda folder: write_peft(method.model, folder / "adapter")) if names else None
     name = f"{own.done:04d}-{stage.step if stage else 0:07d}"
-    keeper.book.write(name, plain, tensors, adapter, None if stage else method.export, fresh=not stage)
+    keeper.book.write(name, plain, tensors, adapter, None if stage else method.export,
+                      fresh=not stage)
 
 
 def _read(keeper: Keeper, saved) -> dict | None:  # a stage that was in the middle
@@ -204,11 +217,13 @@ def _read(keeper: Keeper, saved) -> dict | None:  # a stage that was in the midd
     restore_random_states(state["random"])
     return state["stage"] and state["stage"] | {"random": state["random"]}
 
-# %% ../../nbs/learning/10c_keeper.ipynb #40c03fa3
+# %% ../../nbs/learning/10c_keeper.ipynb #d0cc0166
 def _check_same(keeper: Keeper, saved) -> None:
-    "Raise ValueError when the processes have found different checkpoints: their folders are not the same."
+    """Raise ValueError when the processes have found different checkpoints: their folders are
+    not the same."""
     own = keeper.learner
     if own.world == 1: return
     found = int(saved.path.name.replace("checkpoint", "").replace("-", "")) if saved else -1
     if not own.processes.equal(torch.tensor(found, device=own.device)):
-        raise ValueError(f"The processes see different checkpoints in {keeper.book.folder}; all machines must share the folder.")
+        raise ValueError(f"The processes see different checkpoints in {keeper.book.folder}; "
+                         f"all machines must share the folder.")

@@ -20,13 +20,15 @@ from accelerate.utils import DistributedType, find_batch_size
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 
-# %% ../../nbs/learning/10b_processes.ipynb #d44976c0
+# %% ../../nbs/learning/10b_processes.ipynb #a4ae6e05
 class Shares:
-    "Each batch of a sampler cut into one piece a process; one without a piece gets an example that does not count."
+    """Each batch of a sampler cut into one piece a process; one without a piece gets an
+    example that does not count."""
 
     def __init__(self, batches, rank: int, world: int):
         self.batches, self.rank, self.world = batches, rank, world
-        self.sizes = deque()  # of each batch that was handed out: how many examples count, here and in all
+        # of each batch that was handed out: how many examples count, here and in all
+        self.sizes = deque()
 
     def __len__(self) -> int: return len(self.batches)
 
@@ -36,14 +38,15 @@ class Shares:
             self.sizes.append((cut[1] - cut[0], len(batch)))
             yield batch[slice(*cut)] or batch[:1]
 
-# %% ../../nbs/learning/10b_processes.ipynb #f34e07a7
+# %% ../../nbs/learning/10b_processes.ipynb #4e83ea2e
 def flatten(
     grads: list[torch.Tensor],
     loss: torch.Tensor,
     weight: torch.Tensor,  # (1,) how much this process's share counts
 ) -> torch.Tensor:  # gradients and loss, times the weight, then the weight
     "What a process adds to the sum."
-    parts = torch.cat([*(g.float().flatten() for g in grads), loss.detach().float().reshape(1)])
+    parts = torch.cat([*(g.float().flatten() for g in grads),
+                       loss.detach().float().reshape(1)])
     return torch.cat([parts * weight, weight])
 
 
@@ -53,7 +56,8 @@ def spread(
 ) -> torch.Tensor:  # the whole batch's loss
     "Take gradients and loss of the whole batch out of the sum."
     total /= total[-1].clone()
-    for g, part in zip(grads, total[:-2].split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+    for g, part in zip(grads, total[:-2].split([g.numel()
+                                                for g in grads])): g.copy_(part.view_as(g))
     return total[-2]
 
 # %% ../../nbs/learning/10b_processes.ipynb #da980846
@@ -102,7 +106,7 @@ class Alone:
     def skip(self, n: int) -> None:
         "Forget the sizes of n batches that were drawn again."
 
-# %% ../../nbs/learning/10b_processes.ipynb #45df2924
+# %% ../../nbs/learning/10b_processes.ipynb #e579d245
 class Several(Alone):
     "One of several processes that take the steps of one together."
 
@@ -112,7 +116,8 @@ class Several(Alone):
         place: Callable[[], str],  # says, when contact is lost, where the run was
     ):
         super().__init__(accelerator)
-        self.rank, self.world, self.place = accelerator.process_index, accelerator.num_processes, place
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.place = place
 
     @property
     def device(self) -> torch.device: return self.accelerator.device
@@ -120,12 +125,15 @@ class Several(Alone):
     def model(self, model): return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def placed(self, loader):
-        return prepare_data_loader(loader, self.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(loader, self.device, num_processes=1, process_index=0,
+                                   put_on_device=True)
 
     def shared(self, loader):
         self.shares = Shares(loader.batch_sampler, self.rank, self.world)
-        return self.placed(DataLoader(loader.dataset, batch_sampler=self.shares, collate_fn=loader.collate_fn,
-                                      generator=loader.generator, num_workers=loader.num_workers))
+        return self.placed(DataLoader(loader.dataset, batch_sampler=self.shares,
+                                      collate_fn=loader.collate_fn,
+                                      generator=loader.generator,
+                                      num_workers=loader.num_workers))
 
     def whole(self, loader, shared): return self.placed(loader)
 
@@ -135,7 +143,8 @@ class Several(Alone):
 
     @torch.no_grad()
     def average(self, method, batch, loss, optimizer):
-        "Make all gradients those of the whole batch: one reduction, each share weighted by what it counts."
+        """Make all gradients those of the whole batch: one reduction, each share weighted by
+        what it counts."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         weight = method.weight(batch) * (self.shares.sizes.popleft()[0] > 0)
@@ -145,7 +154,8 @@ class Several(Alone):
         return spread(total, grads)
 
     def row(self, n, score, together):
-        "The scores of n tasks: each process measures some of them, or all do `together`, where one alone lacks the weights."
+        """The scores of n tasks: each process measures some of them, or all do `together`,
+        where one alone lacks the weights."""
         row = torch.zeros(n, dtype=torch.float64, device=self.device)
         for i in range(n) if together else range(self.rank, n, self.world): row[i] = score(i)
         if not together: self.reduce(row)
@@ -160,48 +170,59 @@ class Several(Alone):
         for _ in range(n): self.shares.sizes.popleft()
 
     def reduce(self, x: torch.Tensor, how=distributed.ReduceOp.SUM) -> None:
-        "One number each, over all processes, in place. Raises ConnectionError when another process is gone."
+        """One number each, over all processes, in place. Raises ConnectionError when another
+        process is gone."""
         try: distributed.all_reduce(x, how)
         except RuntimeError as error:
-            raise ConnectionError(f"Process {self.rank} of {self.world} lost contact with another one, which has probably "
-                                  f"died, in {self.place()}. Start all of them again with --resume (resume=True).") from error
+            raise ConnectionError(f"Process {self.rank} of {self.world} lost contact with "
+                                  f"another one, which has probably "
+                                  f"died, in {self.place()}. Start all of them again with "
+                                  f"--resume (resume=True).") from error
 
-# %% ../../nbs/learning/10b_processes.ipynb #91902aba
+# %% ../../nbs/learning/10b_processes.ipynb #ab7b1a48
 @contextmanager
 def _own_masks(rank: int, device: torch.device) -> Iterator[None]:
-    "Generators of a process's own, for as long as the context lasts: its examples get other dropout masks."
+    """Generators of a process's own, for as long as the context lasts: its examples get other
+    dropout masks."""
     seed = int(torch.randint(1 << 30, ())) + 1_000_003 * rank  # the draw is the same in all
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/learning/10b_processes.ipynb #d48c596e
+# %% ../../nbs/learning/10b_processes.ipynb #7a002f70
 def agree(
     processes: Alone,
     method,
     name: str,  # of the task
 ) -> None:
-    "Raise ValueError when the processes' weights have drifted apart: then a method does something of its own in each."
+    """Raise ValueError when the processes' weights have drifted apart: then a method does
+    something of its own in each."""
     if processes.world == 1: return
     sums = torch.stack([p.detach().double().sum() for p in method.parameters()])
     if not processes.equal(sums):
-        raise ValueError(f"After task {name!r} the processes have different weights: the method {method.name!r} uses something "
-                         "that differs between them, such as its own share of a batch. Run it with one process.")
+        raise ValueError(f"After task {name!r} the processes have different weights: the "
+                         f"method {method.name!r} uses something "
+                         "that differs between them, such as its own share of a batch. Run it "
+                         "with one process.")
 
-# %% ../../nbs/learning/10b_processes.ipynb #73c8fe13
+# %% ../../nbs/learning/10b_processes.ipynb #3a7d5656
 def make_accelerator(
     precision: str,  # "no", "bf16" or "fp16"
 ) -> Accelerator:
-    "Accelerate keeps one precision a process; a run in another one starts it anew. Raises ValueError for what cuts gradients up."
+    """Accelerate keeps one precision a process; a run in another one starts it anew. Raises
+    ValueError for what cuts gradients up."""
     known = AcceleratorState._shared_state.get("_mixed_precision", precision)
     if known != precision: AcceleratorState._reset_state()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    cpu = several and not torch.cuda.is_available()  # gloo, which torch's launcher does not ask for by itself
+    # gloo, which torch's launcher does not ask for by itself
+    cpu = several and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"The learner needs each gradient as a whole; {kind.value} cuts it up. Start it with plain data-parallel "
-                         "processes: accelerate launch --multi_gpu, or torchrun; shard=True then cuts up the frozen weights alone.")
+        raise ValueError(f"The learner needs each gradient as a whole; {kind.value} cuts it "
+                         f"up. Start it with plain data-parallel "
+                         "processes: accelerate launch --multi_gpu, or torchrun; shard=True "
+                         "then cuts up the frozen weights alone.")
     return accelerator
 
 
@@ -215,4 +236,5 @@ def processes_of(
     place: Callable[[], str],  # says, when contact is lost, where the run was
 ) -> Alone:
     "One process, or one of several."
-    return Alone(accelerator) if accelerator.num_processes == 1 else Several(accelerator, place)
+    return Alone(accelerator) if accelerator.num_processes == 1 else Several(accelerator,
+                                                                             place)

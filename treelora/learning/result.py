@@ -20,7 +20,7 @@ import torch
 from .. import metrics
 from ..engine.checkpoint import replace_file
 
-# %% ../../nbs/learning/09b_result.ipynb #c4776e80
+# %% ../../nbs/learning/09b_result.ipynb #386b7a4f
 class Stopwatch:
     "Wall time by phase."
 
@@ -39,7 +39,8 @@ class Stopwatch:
 
     def now(self) -> dict[str, float]:
         "Seconds by phase, with those that are running."
-        return self.seconds | {phase: self._so_far(phase, start) for phase, start in self._since.items()}
+        return self.seconds | {phase: self._so_far(phase, start) for phase,
+                               start in self._since.items()}
 
 # %% ../../nbs/learning/09b_result.ipynb #31ed4e7a
 def _device_name(device: torch.device) -> str:
@@ -51,7 +52,7 @@ def _device_name(device: torch.device) -> str:
     model = models[0] if models else platform.processor() or platform.machine()
     return f"{device.type} ({model}, {torch.get_num_threads()} threads)"
 
-# %% ../../nbs/learning/09b_result.ipynb #470be1fa
+# %% ../../nbs/learning/09b_result.ipynb #3db3da60
 def _version(package: str) -> str | None:
     "The installed version of a package."
     try: return version(package)
@@ -61,15 +62,17 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     "The commit of the source tree, with a + when it has changes; None outside a checkout."
     def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(metrics.__file__).parent, capture_output=True, text=True)
+        return subprocess.run(["git", *args], cwd=Path(metrics.__file__).parent,
+                              capture_output=True, text=True)
     try: head = git("rev-parse", "HEAD")
     except OSError: return None
     if head.returncode: return None
     changed = git("status", "--porcelain", "--", "*.py").stdout.strip()
     return head.stdout.strip() + ("+" if changed else "")
 
-# %% ../../nbs/learning/09b_result.ipynb #f3861b03
-PACKAGES = ("treelora", "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "sacrebleu",
+# %% ../../nbs/learning/09b_result.ipynb #05e91cd4
+PACKAGES = ("treelora", "torch", "torchvision", "timm", "transformers", "peft", "accelerate",
+            "sacrebleu",
             "numpy", "scikit-learn")
 
 
@@ -79,7 +82,8 @@ def where(
     "Device, package versions, commit and date of a run."
     packages = {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"device": _device_name(device), "packages": packages, "commit": _commit(), "date": now}
+    return {"device": _device_name(device), "packages": packages, "commit": _commit(),
+            "date": now}
 
 # %% ../../nbs/learning/09b_result.ipynb #53bf93e4
 def _peak_bytes(device: torch.device) -> int:
@@ -88,7 +92,7 @@ def _peak_bytes(device: torch.device) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-# %% ../../nbs/learning/09b_result.ipynb #164ca3d1
+# %% ../../nbs/learning/09b_result.ipynb #41525190
 @dataclass
 class Result:
     "What a run measured, and under which conditions."
@@ -97,7 +101,8 @@ class Result:
     classes: list[list[int]]
     train_sizes: list[int]
     test_sizes: list[int]
-    R: np.ndarray  # (N, N), R[j, i] = score in [0, 1] on task i after task j, NaN where not measured
+    # (N, N), R[j, i] = score in [0, 1] on task i after task j, NaN where not measured
+    R: np.ndarray
     seconds_by_phase: dict
     samples_per_second: float
     curves: list[dict]
@@ -105,7 +110,8 @@ class Result:
     extra: dict
     memory: dict
     where: dict  # device, packages, commit, date
-    sha256: dict = field(default_factory=dict)  # of the stream's data and the backbone's weights
+    # of the stream's data and the backbone's weights
+    sha256: dict = field(default_factory=dict)
 
     @property
     def op(self) -> float:
@@ -133,7 +139,7 @@ class Result:
         "Write the result as JSON, whole or not at all."
         return replace_file(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
 
-# %% ../../nbs/learning/09b_result.ipynb #62448c3c
+# %% ../../nbs/learning/09b_result.ipynb #eb02244a
 def _rows(R: np.ndarray) -> list[list[float | None]]:
     "A score matrix as JSON holds it: six digits, None where nothing was measured."
     return [[None if math.isnan(x) else round(float(x), 6) for x in row] for row in R]
@@ -144,4 +150,5 @@ def _scores(R: np.ndarray) -> dict:
     scores = {"op": metrics.op(R)}
     if np.isnan(R[np.tril_indices(len(R))]).any(): return scores
     curve = [float(x) for x in metrics.average_curve(R)]
-    return scores | {"bwt": metrics.bwt(R), "forgetting": metrics.forgetting(R), "average_curve": curve}
+    return scores | {"bwt": metrics.bwt(R), "forgetting": metrics.forgetting(R),
+                     "average_curve": curve}
