@@ -16,7 +16,8 @@ from test_learner import tiny_stream, tiny_vit
 from treelora.engine import checkpoint
 from treelora.algorithm import TreeLoRA
 from treelora.bandit import SEARCHES
-from treelora.engine.checkpoint import Checkpoints, Packer, check_writable, replace_file
+from treelora.engine.checkpoint import Checkpoints, check_writable, replace_file
+from treelora.engine.packer import Packer
 from treelora.cli import main
 from treelora.learner import run
 from treelora.methods import VisionMethod, get_method, list_methods
@@ -204,7 +205,7 @@ def test_checkpoints_of_another_model_or_format(tmp_path):
 
 def test_other_packages_are_a_warning(tmp_path):
     with pytest.raises(CutOff): learn("vision", "treelora", tmp_path, (1, 3))
-    with patch("treelora.learner._version", lambda p: "9.9"), pytest.warns(UserWarning, match=r"written by .*now 9\.9.*last digits"): learn("vision", "treelora", tmp_path, resume=True)
+    with patch("treelora.learning.keeper._version", lambda p: "9.9"), pytest.warns(UserWarning, match=r"written by .*now 9\.9.*last digits"): learn("vision", "treelora", tmp_path, resume=True)
 
 
 def test_an_earlier_run_is_not_overwritten_by_mistake(tmp_path):

@@ -12,7 +12,7 @@ from kill_runs import kill_often
 from process_runs import vision
 from torch.distributed.fsdp import fully_shard
 
-from treelora.learner import Shares
+from treelora.learning.processes import Shares
 from treelora.engine.shard import repeated_blocks
 
 HERE = Path(__file__).parent

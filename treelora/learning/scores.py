@@ -108,7 +108,7 @@ def _f1(
     "Harmonic mean."
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
-
+# %% ../../nbs/learning/05_scores.ipynb #05cf3b95
 def _sari_parts(
     source: Counter,  # runs, counted once for each reference
     output: Counter,  # the same
@@ -125,7 +125,7 @@ def _sari_parts(
     share = lambda whole: len(added & wanted) / len(whole) if whole else empty
     return _f1(share(added), share(wanted)), _f1(_mean_ratio(good, kept, empty), recall), _mean_ratio(deleted - references, deleted, empty)
 
-
+# %% ../../nbs/learning/05_scores.ipynb #a03734cc
 def _words(
     text: str,
 ) -> list[str]:
@@ -148,7 +148,7 @@ def sari_sentence(
     parts = [_sari_parts(scaled(words, n), scaled(said, n), sum((_runs(r, n) for r in wanted), Counter()), original) for n in range(1, 5)]
     return sum(map(sum, parts)) / 12
 
-
+# %% ../../nbs/learning/05_scores.ipynb #48492ace
 def sari(
     predictions: Sequence[str],
     answers: Sequence[str],
