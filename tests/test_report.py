@@ -64,7 +64,7 @@ def test_every_number_of_readme_stands_in_a_results_file(stream, method, cells):
 
 def shown_table():
     "The claims' table as the executed notebook shows it: the cells of each row."
-    notebook = json.loads((ROOT / "nbs" / "paper" / "05_report.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs" / "paper" / "06_report.ipynb").read_text(encoding="utf-8"))
     shown = ["".join(o["data"]["text/markdown"]) for c in notebook["cells"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
     table = next(s for s in shown if "| verdict |" in s)
     return [re.split(r"(?<!\\) \| ", line.strip()[2:-2]) for line in table.splitlines()[2:]]
@@ -74,7 +74,7 @@ def test_the_report_shows_what_the_files_say():
     "The page was run after the last results came: its table is what the files give now, to the letter."
     made = [re.split(r"(?<!\\) \| ", line.strip()[2:-2]) for line in report(RESULTS)._repr_markdown_().splitlines()[2:]]
     assert [row[0] for row in made] == [c.id for c in CLAIMS]
-    for shown, now in zip(shown_table(), made, strict=True): assert shown == now, f"{now[0]}: run nbs/paper/05_report.ipynb again"
+    for shown, now in zip(shown_table(), made, strict=True): assert shown == now, f"{now[0]}: run nbs/paper/06_report.ipynb again"
 
 
 def test_every_file_that_the_report_names_is_there():
@@ -87,7 +87,7 @@ def test_every_file_that_the_report_names_is_there():
 
 def test_no_page_says_a_measured_number_by_hand():
     "The report's own prose has no scores: they come from code. (Bounds of rules are in docstrings, the paper's numbers in the claims.)"
-    notebook = json.loads((ROOT / "nbs" / "paper" / "05_report.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs" / "paper" / "06_report.ipynb").read_text(encoding="utf-8"))
     prose = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
     assert not re.findall(r"\d+\.\d+|\d+ %", prose)
 
