@@ -82,7 +82,7 @@ def test_every_language_has_enough_names():
     assert cldr_entry("es_MX").languages["ace"] != cldr_entry("es").languages["ace"] and cldr_entry("es_MX").territories["DE"] == "Alemania"
     assert cldr_entry("PT-br").code == "pt_BR" and cldr_entry("zh_TW").code == "zh_Hant_TW"
     for unknown in ("klingon", "aa", "", "es_XX"):
-        with pytest.raises(ValueError, match=r"CLDR knows no language .*list\(treelora\.text\.cldr_languages\(\)\).*`treelora cldr`"): cldr_entry(unknown)
+        with pytest.raises(ValueError, match=r"CLDR knows no language .*list\(treelora\.learning\.text\.cldr_languages\(\)\).*`treelora cldr`"): cldr_entry(unknown)
 
 
 def damaged(how: str, whole: bytes) -> tuple[bytes | None, str]:

@@ -94,5 +94,5 @@ def test_some_files_alone(commands, tmp_path):
 
 def test_one_notebook_for_real(tmp_path):
     assert main(["--only", "other-seed", "--out", str(tmp_path), "nbs/methods/10_methods.ipynb"]) == 0
-    log = (tmp_path / "other-seed-notebooks-29_methods.txt").read_text()
+    log = (tmp_path / "other-seed-notebooks-10_methods.txt").read_text()
     assert log.count("Completed") == 1 and "Success." in log

@@ -59,7 +59,7 @@ def test_the_trainer_of_the_second_snippet(tiny_language, tmp_path, monkeypatch)
     assert made["trainer"].state.global_step == tl.last.round > 0
 
 
-@pytest.mark.parametrize("name", ["70_own_loop", "71_trainer", "72_accelerate", "77_share"])
+@pytest.mark.parametrize("name", ["tutorials/01_own_loop", "tutorials/02_trainer", "tutorials/03_accelerate", "learning/15_hub"])
 def test_tutorials_recommend_the_same_strength(name):
-    page = (Path(__file__).parent.parent / "nbs" / "tutorials" / f"{name}.ipynb").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8")
     assert set(re.findall(r"lam=([\d.]+), relative=True", page)) == {"4.0"}

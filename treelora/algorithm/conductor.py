@@ -45,8 +45,7 @@ class TreeLoRA:
         **options,  # depth, budget, init, inference and others, see `Options`
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
-        self.model, self.search, self.signal, self.penalty, self.init, self.inference = model, search, signal, penalty, o.init, o.inference
-        self.layout = Layout(lora_layers(model, o.adapter))
+        self.model, self.layout = model, Layout(lora_layers(model, o.adapter))
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder), TaskTree(o.split, o.depth, o.budget)
         self.live = ModelAdapter(self.layout, self.bank, o.cache)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
@@ -69,6 +68,14 @@ def variant(
 ) -> TreeLoRA:
     "A named set of arguments: the paper's text, the authors' code, or this project's own form."
     return cls(model, **(VARIANTS[one_of("variant", name, list(VARIANTS))] | changes))
+
+# %% ../../nbs/core/07_algorithm.ipynb #a77e5eed
+def _chosen(self: TreeLoRA, name: str):
+    "What was chosen can be asked for: `tl.search` is `tl.options.search`."
+    if name in Options.__dataclass_fields__: return getattr(self.options, name)
+    raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+TreeLoRA.__getattr__ = _chosen  # not by `patch`: a module's own `__getattr__` means something else
 
 # %% ../../nbs/core/07_algorithm.ipynb #c2237b64
 @patch

@@ -203,14 +203,14 @@ def _parts(A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.T
 
 # %% ../../nbs/engine/10_bank.ipynb #510db1e6
 @patch
-def state(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
+def pack(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "Names and slots, and the blocks, uncopied."
     return ({"names": list(self.names), "slot": self.slot.tolist(), "weight": list(self.weight)},
             {"adapters": self.adapters, "signatures": self.signatures})
 
 
 @patch
-def restore(self: Bank, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
-    "Be what `state` described; blocks that are mapped from a file stay mapped."
+def unpack(self: Bank, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
+    "Be what `pack` described; blocks that are mapped from a file stay mapped."
     self.names, self.slot, self.weight = plain["names"], torch.tensor(plain["slot"], dtype=torch.long), plain["weight"]
     for kind, block in self._blocks.items(): block.take(tensors[kind])

@@ -66,14 +66,14 @@ def add(self: FeatureStats, other: FeatureStats) -> None:
 
 
 @patch
-def state(self: FeatureStats) -> tuple[list, dict[str, torch.Tensor]]:  # groups with their counts, and the moments, if any
+def pack(self: FeatureStats) -> tuple[list, dict[str, torch.Tensor]]:  # groups with their counts, and the moments, if any
     "What goes into JSON, and the tensors."
     groups = [[list(group), n] for group, n in self.counts.items()]
     return groups, {"scatter": self.scatter, "means": torch.stack(list(self.means.values()))} if groups else {}
 
 
 @patch
-def restore(self: FeatureStats, groups: list, tensors: dict[str, torch.Tensor]) -> None:
-    "Be what `state` described."
+def unpack(self: FeatureStats, groups: list, tensors: dict[str, torch.Tensor]) -> None:
+    "Be what `pack` described."
     self.counts = {tuple(group): n for group, n in groups}
     self.means, self.scatter = dict(zip(self.counts, tensors.get("means", ()))), tensors.get("scatter")

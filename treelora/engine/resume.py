@@ -67,7 +67,7 @@ def restore_task(
     if "start" in tensors: signature.start = [x.to(model.device) for x in model.layout.views(tensors["start"])]
     now.before, now.arms, now.picks = tensors["before"], tensors.get("arms"), list(tensors.get("picks", ()))
     now.scale = tensors.get("scale")
-    stats.restore(plain["groups"], tensors)
+    stats.unpack(plain["groups"], tensors)
     now.norms.waiting = [(x, None, t) for x, t in zip(tensors.get("norms", ()), plain["norms"])]
     now.losses.waiting = [(x, None, arms) for x, arms in zip(tensors.get("losses", ()), tensors.get("losses.arms", ()))]
     if now.search is not None:

@@ -41,14 +41,14 @@ class Store:
         config: dict,  # what decides the result
     ) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
         "Everything but a running task; nothing is copied."
-        (names, blocks), (shape, cuts), (groups, moments) = self.bank.state(), tree.state(), self.stats.state()
+        (names, blocks), (shape, cuts), (groups, moments) = self.bank.pack(), tree.state(), self.stats.pack()
         plain = {"format": FORMAT, "config": config, "layers": self.layout.describe()} | names | {"tree": shape, "groups": groups}
         return plain, blocks | {"initial": initial, "current": self.model.read()} | _under("features", moments) | _under("tree", cuts)
 
     def unpack(self, plain: dict, tensors: dict[str, torch.Tensor]) -> tuple[TaskTree, torch.Tensor]:
         "Put a packed state back into bank, features and model; returns the tree and the initial adapter."
-        self.bank.restore(plain, tensors)
-        self.stats.restore(plain["groups"], _below("features", tensors))
+        self.bank.unpack(plain, tensors)
+        self.stats.unpack(plain["groups"], _below("features", tensors))
         self.model.write(tensors["current"])
         return TaskTree.from_state(plain["tree"], _below("tree", tensors)), tensors["initial"]
 
