@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAYERS', 'FORMS', 'TUNED', 'WATCHED', 'TEXT_RATES', 'TUNING_STREAM', 'LAMBDAS', 'closest_pair', 'agreement',
            'family_kinship', 'tree_kinship', 'saved_kinship', 'Watch', 'watched', 'tree_from_gram', 'family_agreement',
-           'fast_precision', 'tune_language', 'language_rate', 'run_language_set', 'in_family', 'language_bars',
-           'own_agreement', 'mean_agreement']
+           'fast_precision', 'tune_language', 'language_rate', 'run_language_set', 'in_family', 'own_agreement',
+           'mean_agreement', 'language_bars']
 
 # %% ../../nbs/experiments/02_language.ipynb #33fd7082
 import os
@@ -221,6 +221,23 @@ def _mean(runs: Sequence[dict], score: str) -> float:
     "A score in hundredths, mean of the seeds."
     return 100 * sum(r["scores"][score] for r in runs) / len(runs)
 
+# %% ../../nbs/experiments/02_language.ipynb #b4f708f8
+def own_agreement(
+    runs: Sequence[dict],  # saved, of a method with a tree
+) -> float:
+    """Agreement of the last trees that the runs themselves built with the families, mean of the
+    seeds."""
+    each = [agreement(saved_kinship(r), family_kinship, r["tasks"]) for r in runs]
+    return sum(each) / len(each)
+
+
+def mean_agreement(
+    runs: Sequence[dict],  # saved, of a watched method
+) -> dict[tuple[str, str], float]:
+    "Agreement with the families by source and layers, mean of the seeds."
+    each = [family_agreement(r) for r in runs]
+    return {key: sum(scores[key] for scores in each) / len(each) for key in each[0]}
+
 # %% ../../nbs/experiments/02_language.ipynb #b4f708f7
 def language_bars(
     results: str | Path = "results",
@@ -261,20 +278,3 @@ def _tree_goals(found: dict[str, list[dict]]) -> list[tuple]:
     best = max(agreed, key=agreed.get)
     return [*((f"{m}, its own trees: triples that agree", "at least 80 %", f"{own[m]:.0%}", own[m] >= 0.8) for m in own),
             (f"the best of {len(agreed)} trees made afterwards ({', '.join(best)})", "at least 80 %", f"{agreed[best]:.0%}", agreed[best] >= 0.8)]
-
-# %% ../../nbs/experiments/02_language.ipynb #b4f708f8
-def own_agreement(
-    runs: Sequence[dict],  # saved, of a method with a tree
-) -> float:
-    """Agreement of the last trees that the runs themselves built with the families, mean of the
-    seeds."""
-    each = [agreement(saved_kinship(r), family_kinship, r["tasks"]) for r in runs]
-    return sum(each) / len(each)
-
-
-def mean_agreement(
-    runs: Sequence[dict],  # saved, of a watched method
-) -> dict[tuple[str, str], float]:
-    "Agreement with the families by source and layers, mean of the seeds."
-    each = [family_agreement(r) for r in runs]
-    return {key: sum(scores[key] for scores in each) / len(each) for key in each[0]}

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..bandit import get_search
-from ..experiments.bench import one_thread
 from ..learner import where
+from ..learning.result import one_thread
 from ..lora import add_lora
 from .smooth_tree import SmoothTree
 
