@@ -96,13 +96,14 @@ def task(
 # %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
 @patch
 @contextmanager
-def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator[TreeLoRA]:
+def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator:
     "What `task` opens."
     paused, self._paused = self._paused, None
     before = self.live.read() if paused is None else paused.before
     self._now = self._begin(name, rounds, epoch)
     self._now.before = before
-    hook = register_optimizer_step_post_hook(self._after_optimizer) if self.pull.after else None
+    after = self._after_optimizer
+    hook = register_optimizer_step_post_hook(after) if self.pull.after else None
     try:
         if paused is not None: paused.go_on(self._now, self.live)
         yield self
@@ -132,7 +133,8 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
 @patch
 def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     "Store the task's signature and adapter, and insert it into the tree."
-    if now.round == 0: raise ValueError(f"Task {now.name!r} ended without a step; nothing was recorded.")
+    if now.round == 0:
+        raise ValueError(f"Task {now.name!r} ended without a step; nothing was recorded.")
     for norms, t in now.norms.flush(): _finite(self.layout.names, norms, now.name, t)
     signature = now.signature.value().cpu()
     self.bank.add(now.name, signature, self.live.read())
@@ -141,7 +143,8 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
         self.bank.drop()
         raise
     for kept, gone in merges: self.bank.merge(kept, gone)
-    if self.bank.folder is not None and self.tree.budget is None: self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
+    if self.bank.folder is not None and self.tree.budget is None:  # the rows are shared
+        self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
     self.last, now.signature = now, None
     self.stats.add(now.stats)
 

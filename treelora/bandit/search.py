@@ -94,7 +94,7 @@ def rescale(
     self: Search,
     ratio: torch.Tensor,  # (L,) in (0, 1]: the old unit of the losses over the new one
 ) -> None:
-    "Shrink what was seen so far, when a larger loss than all before has become the new 1."
+    "Shrink what was seen so far, when a new largest loss becomes the unit."
     rows = (ratio != 1).nonzero().flatten()
     if not len(rows): return
     self.means[rows] *= ratio[rows, None]
