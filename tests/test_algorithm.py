@@ -198,13 +198,13 @@ def test_save_replaces_and_survives_a_crash(tmp_path, make_net, trained, monkeyp
     trained.save(tmp_path)
     before = state(trained)
     learn(trained, "d", 3)
-    replace = files.replace
+    replace = files.replace_file
 
     def crash(path, data):
         if path.name == "treelora.json": raise OSError("power failure")
         replace(path, data)
 
-    monkeypatch.setattr(files, "replace", crash)
+    monkeypatch.setattr(files, "replace_file", crash)
     with pytest.raises(OSError): trained.save(tmp_path)
     assert same(state(TreeLoRA.load(tmp_path, make_net())), before)
     monkeypatch.undo()

@@ -16,7 +16,8 @@ from test_learner import tiny_stream, tiny_vit
 from treelora.engine import checkpoint
 from treelora.algorithm import TreeLoRA
 from treelora.bandit import SEARCHES
-from treelora.engine.checkpoint import Checkpoints, check_writable, replace_file
+from treelora.engine.checkpoint import Checkpoints, check_writable
+from treelora.engine.files import replace_file
 from treelora.engine.packer import Packer
 from treelora.cli import main
 from treelora.learner import run

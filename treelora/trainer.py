@@ -6,21 +6,19 @@
 __all__ = ['Batches', 'will_step', 'save_task', 'RunningTask', 'TreeLoraCallback']
 
 # %% ../nbs/learning/14_trainer.ipynb #c64ae239
-import hashlib, json
 from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.amp.grad_scaler import OptState
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from .engine.files import FORMAT, read_state, replace
 from .algorithm import TreeLoRA
+from .engine.files import FORMAT, read_state, write_state
 from .engine.resume import restore_task, task_state
 
 # %% ../nbs/learning/14_trainer.ipynb #147aa0cc
@@ -105,14 +103,7 @@ def save_task(
     try: tl.save(folder)
     finally: tl._now = now
     plain, tensors = task_state(now, tl.live)
-    data = save_tensors(tensors)
-    digest = hashlib.sha256(data).hexdigest()
-    plain |= {"format": FORMAT, "tensors": f"task-{digest[:12]}.safetensors", "sha256": digest}
-    (folder / "task").mkdir(exist_ok=True)
-    replace(folder / "task" / plain["tensors"], data)
-    replace(folder / "task" / "treelora.json", json.dumps(plain, indent=1).encode())
-    for old in (folder / "task").glob("task-*.safetensors"):
-        if old.name != plain["tensors"]: old.unlink()
+    write_state(folder / "task", plain | {"format": FORMAT}, tensors, stem="task")
 
 
 def _read_task(folder: Path) -> tuple:

@@ -6,7 +6,7 @@
 __all__ = ['INITS', 'INFERENCES', 'ROOTS', 'VARIANTS', 'Options', 'one_of']
 
 # %% ../../nbs/engine/22_options.ipynb #7d128505
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..bandit import check_search

@@ -7,7 +7,7 @@ __all__ = ['route', 'grouped', 'Router']
 
 # %% ../../nbs/engine/14_routing.ipynb #0700ecf5
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn

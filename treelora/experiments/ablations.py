@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..bandit import SEARCHES
-from ..engine.checkpoint import replace_file
+from ..engine.files import replace_file
 from .vision import tuned_rate
 from .language import agreement, saved_kinship
 from ..paper.figures import load_results, look, new_figure, style

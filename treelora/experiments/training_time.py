@@ -17,8 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..algorithm import TreeLoRA
-from ..engine.checkpoint import replace_file
+from ..engine.files import replace_file
 from .vision import tuned_rate
 from .language import fast_precision
 from ..paper.figures import look, new_figure, style

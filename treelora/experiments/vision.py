@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..learner import Result, run
+from ..learner import run
 from ..streams import get_stream
 from ..paper.tables import fits_data
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from ..engine.checkpoint import replace_file
+from ..engine.files import replace_file
 
 # %% ../../nbs/learning/04_cldr.ipynb #c1d70009
 CLDR_FILE = "data/cldr.json.gz"  # within the package

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..algorithm import TreeLoRA
-from ..engine.checkpoint import replace_file, write_peft
+from ..engine.checkpoint import write_peft
+from ..engine.files import replace_file
 
 # %% ../../nbs/learning/15_hub.ipynb #77a00010
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..lora import adapters_off, lora_layers
+from ..lora import adapters_off
 
 # %% ../../nbs/learning/08_language.ipynb #867708b0
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import metrics
-from ..engine.checkpoint import replace_file
+from ..engine.files import replace_file
 
 # %% ../../nbs/learning/10_result.ipynb #386b7a4f
 class Stopwatch:

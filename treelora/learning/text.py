@@ -11,7 +11,6 @@ __all__ = ['TEST_SHARE', 'CLDR_LANGUAGES', 'FAMILIES', 'QUICK', 'TRACE', 'MATH_L
 import json, random, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 

@@ -419,12 +419,13 @@ def _overview() -> Figure:
 # %% ../../nbs/paper/03_figures.ipynb #5ce00008
 _ROUND = (  # columns of boxes: a name and its symbols
     ("what the batch says", _BLUE, (
-        ("a batch of the new task", "$x,\\ y$"), ("its gradient", "loss.backward()"),
-        ("signature of the new task", "$G$ += gradient"))),
+        ("a batch of the new task", "$x,\\ y$"), ("its gradient", "loss.backward()"))),
     ("one look per layer", _RED, (
-        ("choose branch $k$ by bound", "Eq. 2"), ("compare", "$\\xi = \\| G - G_k \\|_1$"),
+        ("choose branch $k$ by bound", "Eq. 2"),
+        ("compare", "$\\xi = \\| G - G_k \\|_1$, $G$ so far"),
         ("update counts and means", "on the path to $k$"))),
     ("the step", _GREEN, (
+        ("signature of the new task", "$G$ += gradient"),
         ("pull towards the branch",
          "gradient $+\\ \\lambda\\, \\mathrm{sign}(\\theta - \\theta_k)$"),
         ("the usual step", "optimizer.step()"))),
@@ -434,18 +435,19 @@ _ROUND = (  # columns of boxes: a name and its symbols
 def round_schematic() -> Figure:
     "One round of TreeLoRA: what a training step does beyond the usual one."
     with style():
-        fig = new_figure(figsize=(6.9, 2.7))
+        fig = new_figure(figsize=(6.9, 3.2))
         ax = fig.subplots()
         for x, (title, color, boxes) in enumerate(_ROUND):
             ax.text(x, 0.62, title, ha="center", va="center", color=color, weight="bold")
             for y, (name, symbol) in enumerate(boxes): _box(ax, x, -y, name, symbol, color)
             for y in range(len(boxes) - 1): _arrow(ax, (x, -y - 0.33), (x, -y - 0.67))
             if x == 2: continue
-            ax.plot([x + 0.4, x + 0.5, x + 0.5], [-2, -2, 0], color=_INK, lw=1.2)
+            last = 1 - len(boxes)
+            ax.plot([x + 0.4, x + 0.5, x + 0.5], [last, last, 0], color=_INK, lw=1.2)
             _arrow(ax, (x + 0.5, 0), (x + 0.6, 0))
-        _arrow(ax, (2, -1.33), (2, -1.85))
-        ax.text(2, -2.1, "next batch: round $t + 1$", ha="center", va="center")
-        ax.set(xlim=(-0.5, 2.5), ylim=(-2.4, 0.8))
+        _arrow(ax, (2, -2.33), (2, -2.75))
+        ax.text(2, -2.95, "next batch: round $t + 1$", ha="center", va="center")
+        ax.set(xlim=(-0.5, 2.5), ylim=(-3.2, 0.8))
         ax.set_axis_off()
     return fig
 

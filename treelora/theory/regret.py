@@ -9,7 +9,7 @@ __all__ = ['FLAT', 'PLAYERS', 'SHORT', 'TIMED', 'game', 'as_row', 'save', 'run_c
 
 # %% ../../nbs/theory/02_regret.ipynb #th31003
 import json, math, time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ import torch
 from ..engine.signals import SIGNALS
 from ..learner import run, where
 from ..methods.treelora import TreeLoRAPaper
-from .smooth_tree import (INFORMED, NOISES, Played, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, marks_up_to, needle, play,
-                             pulls_bound, regret_bound, spreads)
+from .smooth_tree import (Played, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, needle, play, pulls_bound,
+                                         regret_bound, spreads)
 
 # %% ../../nbs/theory/02_regret.ipynb #th31007
 FLAT = {"delta": math.inf}
