@@ -11,7 +11,7 @@ from treelora.engine import device
 from treelora.engine.bank import Bank
 from treelora.engine.device import Cache
 from treelora.algorithm import TreeLoRA
-from treelora.engine.fused import pull_group
+from treelora.engine.fused import CompiledArithmetic, pull_group
 from treelora.bandit import LCB, SearchTree, TreeLCB, get_search
 from treelora.experiments.bench import Report, _adapters, bench_training, has_compiler, save_scale
 from treelora.cli import main
@@ -356,7 +356,7 @@ def test_a_compiled_step_is_the_same_step(tmp_path, make_net, monkeypatch, backe
     assert torch.equal(torch.stack(plain.last.picks), torch.stack(compiled.last.picks)) and "compile" not in compiled.config
     compiled.save(tmp_path)
     again = TreeLoRA.load(tmp_path, make_net(), compile=True)
-    assert again.options.compile and equal(train(compiled, "ef"), train(again, "ef"))
+    assert isinstance(again.arithmetic, CompiledArithmetic) and equal(train(compiled, "ef"), train(again, "ef"))
 
 
 def test_a_step_without_a_compiler_says_so_and_changes_nothing(make_net, monkeypatch):

@@ -156,7 +156,7 @@ def _cause(error: Exception) -> str:
     "An error in one line."
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
-
+# %% ../../nbs/learning/15_hub.ipynb #77a0002b
 def pull(
     place: str | Path,  # a folder, or OWNER/NAME of the hub
     model,  # with LoRA layers of the same names and shapes
