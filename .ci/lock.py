@@ -66,6 +66,7 @@ def misfits(wanted: list[str], text: str, python: str) -> list[str]:
     for pin in pins(text):
         if pin.marker is None or pin.marker.evaluate(here): given.setdefault(canonicalize_name(pin.name), []).append(pin)
     for need in map(Requirement, wanted):
+        if need.marker and not need.marker.evaluate(here): continue
         found = given.get(canonicalize_name(need.name), [])
         versions = [next(iter(p.specifier)).version for p in found if [s.operator for s in p.specifier] == ["=="]]
         if len(versions) != 1: faults.append(f"{need.name} has {len(versions) or 'no'} exact version{'s' * (len(versions) > 1)} for Python {python} in {LOCK.name}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from treelora.experiments import ablations, contenders, vision as experiments, language as experiments_llm, paper_vs_code, training_time
+from treelora.experiments import ablations, campaigns, vision as experiments, language as experiments_llm, paper_vs_code, training_time
 from treelora.learning import cldr
 from treelora.experiments.ablations import Change, ablate, ablation_table, load_ablation
 from treelora.engine.checkpoint import file_sha256, weights_sha256
@@ -387,7 +387,7 @@ def forbidden(*args, **kwargs): raise AssertionError("nothing should be run")
 
 
 WRITERS = {"run_set": (experiments, lambda r, **more: run_set(results=r, methods=["treelora"], progress=False, **{"missing_only": True} | more)),
-           "contend": (contenders, lambda r, **more: contend(results=r, methods=["treelora"], progress=False, **more)),
+           "contend": (campaigns, lambda r, **more: contend(results=r, methods=["treelora"], progress=False, **more)),
            "run_switches": (paper_vs_code, lambda r, **more: run_switches(["split"], results=r, **more)),
            "ablate": (ablations, lambda r: ablate(["parts"], results=r, progress=False)),
            "measure_time": (training_time, lambda r: measure_time(results=r, progress=False, plan=[("treelora", ())]))}
@@ -396,7 +396,7 @@ WRITERS = {"run_set": (experiments, lambda r, **more: run_set(results=r, methods
 @pytest.fixture
 def no_runs(monkeypatch):
     for module, _ in WRITERS.values(): monkeypatch.setattr(module, "run", forbidden)
-    monkeypatch.setattr(experiments_llm, "run", forbidden), monkeypatch.setattr(experiments, "tune", forbidden)
+    monkeypatch.setattr(experiments_llm, "run", forbidden)
 
 
 @pytest.mark.parametrize("name, writer", [(name, write) for name, (_, write) in WRITERS.items()])

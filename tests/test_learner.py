@@ -8,7 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from treelora import learner
-from treelora.experiments.vision import run_set, tune, tuned_rate
+from treelora.experiments.tuning import choose, tuned_rate, tuning_file
+from treelora.experiments.vision import run_set
 from treelora.learner import run
 from treelora.methods import VisionMethod, get_method, list_methods
 from treelora.streams import TaskStream, get_stream
@@ -139,7 +140,7 @@ def test_missing_data_says_where_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere"): get_stream("split-tiny-imagenet", "small", root=tmp_path / "nowhere")
 
 
-def test_run_set_resumes_and_tunes(tmp_path, monkeypatch):
+def test_run_set_resumes_and_takes_tuned_rates(tmp_path, monkeypatch):
     calls = []
 
     def fake(stream, method, scale, seed, lr=None, progress=True, **settings):
@@ -148,12 +149,11 @@ def test_run_set_resumes_and_tunes(tmp_path, monkeypatch):
 
     monkeypatch.setattr("treelora.experiments.vision.run", fake)
     monkeypatch.setattr("treelora.experiments.vision.get_stream", lambda *where: tiny_stream())  # what is there is compared with its data
-    best = tune("rows", methods=("seqlora",), results=tmp_path)
-    assert tuned_rate(tmp_path, "rows", "quick", "seqlora") == best["seqlora"] and {c[1] for c in calls} == {100}
-    calls.clear()
+    choose(tuning_file(tmp_path, "rows", "quick"), "seqlora", {"lr": 0.02})
+    assert tuned_rate(tmp_path, "rows", "quick", "seqlora") == 0.02
     paths = run_set("rows", methods=("seqlora", "treelora"), seeds=(0, 1), results=tmp_path)
     assert [p.exists() for p in paths] == [True] * 4 and len(calls) == 4
-    assert all(lr == best["seqlora"] for m, _, lr in calls if m == "seqlora")
+    assert all(lr == 0.02 for m, _, lr in calls if m == "seqlora")
     paths[0].unlink(), calls.clear()
     run_set("rows", methods=("seqlora", "treelora"), seeds=(0, 1), results=tmp_path, missing_only=True)
     assert len(calls) == 1

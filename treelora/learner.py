@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'SCALES', 'SHORT', 'BACKBONES', 'Stage', 'Part', 'Steps', 'Loop', 'Bar', 'Curve', 'EarlyStop',
-           'compile_blocks', 'Learner', 'settings', 'run']
+           'compile_blocks', 'check_settings', 'Learner', 'settings', 'run']
 
 # %% ../nbs/learning/11_learner.ipynb #0b5305f6
 import math
@@ -59,6 +59,9 @@ class Part:
 
     def end(self, loop, stage: Stage) -> None:
         "A stage has ended, or was interrupted: then `stage.over` is False."
+
+    def measured(self, loop, tasks: list[int]) -> None:
+        "All tasks so far were measured, after a stage of these tasks."
 
     def state(self) -> dict:
         "What a checkpoint in the middle of a stage has to hold of this part."
@@ -174,6 +177,7 @@ class Loop(Steps):
         for tasks in self.method.stages()[self.done:]:
             self._stage(tasks, half)
             self._evaluate(tasks)
+            for part in self._parts: part.measured(self, tasks)
             self.done, half = self.done + 1, None
             if self.keeper: self.keeper.keep()
         return self
@@ -332,16 +336,19 @@ def _epochs(epochs: int | Sequence[int], n_tasks: int) -> list[int]:
     return list(epochs)
 
 
-def _check_settings(epochs: int, batch_size: int, lr: float, stop_loss: float | None,
-                    schedule: str) -> None:
-    "Raise ValueError for numbers that are not positive, and unknown words."
-    for what, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
+def check_settings(n_tasks: int, epochs: int | Sequence[int], batch_size: int, lr: float,
+                   schedule: str = "constant", stop_loss: float | None = None) -> list[int]:
+    """Epochs of each task. Raises ValueError for numbers that are not positive, a list of
+    another length, and unknown words."""
+    per_task = _epochs(epochs, n_tasks)
+    for what, value in (("epochs", min(per_task)), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0: raise ValueError(f"{what}={value} must be positive.")
     if stop_loss is not None and not stop_loss > 0:
         raise ValueError(f"stop_loss={stop_loss} must be positive: training ends when the "
                          f"loss has come down to it.")
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"Unknown schedule {schedule!r}; known are constant, cosine.")
+    return per_task
 
 # %% ../nbs/learning/11_learner.ipynb #3728b6d0
 class Learner(Loop):
@@ -367,9 +374,9 @@ class Learner(Loop):
         compile: bool = False,  # whether to compile the model's blocks for training
         # whether to cut the frozen weights up over the processes (`treelora.engine.shard`)
         shard: bool = False,
+        parts: Sequence[Part] = (),  # what else is handed to the loop
     ):
-        self.epochs = _epochs(epochs, len(stream))
-        _check_settings(min(self.epochs), batch_size, lr, stop_loss, schedule)
+        self.epochs = check_settings(len(stream), epochs, batch_size, lr, schedule, stop_loss)
         if compile and shard:
             raise ValueError("compile=True and shard=True do not go together: a compiled "
                              "block would have to put "
@@ -380,11 +387,11 @@ class Learner(Loop):
         if compile: compile_blocks(method.model)
         processes = processes_of(make_accelerator(precision), self._place)
         if shard: shard_frozen(method.model)
-        parts = [Bar()] if progress and processes.rank == 0 else []
+        own = [Bar()] if progress and processes.rank == 0 else []
         # the last point of a curve is where training ended
-        parts += [EarlyStop(stop_loss), Curve(curves)]
+        own += [EarlyStop(stop_loss), Curve(curves)]
         super().__init__(stream, method, self.epochs, batch_size, lr, seed, schedule,
-                         processes, parts)
+                         processes, [*own, *parts])
 
     def _place(self) -> str:
         "Where the run is, for the message of a process that lost another one."
@@ -503,6 +510,7 @@ def run(
     checkpoints: str | Path | None = None,  # folder for checkpoints; None: none are written
     checkpoint_every: int | None = None,  # steps; None: at each task's end alone
     resume: bool = False,  # go on from the latest checkpoint there, if there is one
+    parts: Sequence[Part] = (),  # what else is to happen, such as a tracker of live metrics
     **options,  # of the method
 ) -> Result:
     """Train a method on a stream and measure it.
@@ -518,7 +526,7 @@ def run(
     backbone, name, file = BACKBONES[stream.kind](stream, model, seed, weights, precision)
     sha256 = {"data": stream.sha256, "weights": _weights_sha256(backbone, file)}  # before adapters come in
     learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision,
-                      ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, **chosen)
+                      ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, parts=parts, **chosen)
     if checkpoints is not None: learner.keeper = Keeper(learner, checkpoints, checkpoint_every, resume)
     with learner.watch("total"): learner.fit()
     faster = {k: v for k, v in dict(ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard).items() if v}

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..bandit import SEARCHES
 from ..engine.files import replace_file
-from .vision import tuned_rate
+from .tuning import tuned_rate
 from .language import agreement, saved_kinship
 from ..paper.figures import load_results, look, new_figure, style
 from ..learner import run, where

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..algorithm import VARIANTS
-from .vision import check_data, result_path, tuned_rate
+from .tuning import tuned_rate
+from .vision import check_data, result_path
 from ..learner import run
 from ..paper.tables import NOTHING, Table, noted, same_data
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..engine.files import replace_file
-from .vision import tuned_rate
+from .tuning import tuned_rate
 from .language import fast_precision
 from ..paper.figures import look, new_figure, style
 from ..learner import compile_blocks, run, where
