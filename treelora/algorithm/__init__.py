@@ -45,7 +45,7 @@ def record_features(
 
 # %% ../../nbs/engine/23_afterwards.ipynb #7268341c
 @patch
-def route(self: TreeLoRA, features: torch.Tensor, beam: int = 32) -> torch.Tensor:  # (n, F) -> (n,)
+def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tensor:  # (n, F) -> (n,)
     "Which task each input belongs to, in the order of `tl.bank.names`: the one with the nearest group. `beam` matters beyond 100,000 groups only. Raises ValueError when a task has no features."
     return self.router.route(features, beam)
 

@@ -70,16 +70,17 @@ def _widest(rows: torch.Tensor) -> torch.Tensor:  # (n, F) -> (F,)
     for _ in range(4): along = nn.functional.normalize(rows.T @ (rows @ along), dim=0)
     return along
 
-# %% ../../nbs/engine/14_routing.ipynb #076e25c2
+# %% ../../nbs/engine/14_routing.ipynb #41c0a94d
 @patch
 def find(
     self: CentroidTree,
     x: torch.Tensor,  # (n, F)
-    beam: int = 32,  # nodes that are kept per level, and leaves that are looked through
+    beam: int = 16,  # nodes that are kept per level, and leaves that are looked through
 ) -> torch.Tensor:  # (n,) indices of means
     "A near mean of each input, most often the nearest."
     width = beam * int(self.cuts.diff().max()) * x.shape[1]  # numbers that an input needs at its leaves
-    return torch.cat([self._look(block, self._descend(block, beam)) for block in x.split(max(1, ENTRIES // width))])
+    blocks = x.split(max(1, ENTRIES // (4 * width)))  # 8 MB at a time: about what a cache holds
+    return torch.cat([self._look(block, self._descend(block, beam)) for block in blocks])
 
 
 @patch
@@ -88,7 +89,7 @@ def _descend(self: CentroidTree, x: torch.Tensor, beam: int) -> torch.Tensor:  #
     at = torch.zeros(len(x), 1, dtype=torch.long)
     for centroids in self.levels:
         at = torch.cat([2 * at, 2 * at + 1], dim=1)
-        d = (x[:, None] - centroids[at]).square().sum(2)
+        d = _directly(x, centroids[at])
         at = at.gather(1, d.topk(min(beam, d.shape[1]), largest=False).indices)
     return at
 
@@ -98,10 +99,14 @@ def _look(self: CentroidTree, x: torch.Tensor, leaves: torch.Tensor) -> torch.Te
     "The nearest mean in an input's leaves; a smaller leaf's last mean is its neighbour's first."
     within = self.cuts[leaves][:, :, None] + torch.arange(int(self.cuts.diff().max()))
     among = within.flatten(1).clamp(max=len(self.rows) - 1)
-    d = (x[:, None] - self.rows[among]).square().sum(2)
-    return self.order[among.gather(1, d.argmin(1, keepdim=True))[:, 0]]
+    return self.order[among.gather(1, _directly(x, self.rows[among]).argmin(1, keepdim=True))[:, 0]]
 
-# %% ../../nbs/engine/14_routing.ipynb #9e13f21d
+
+def _directly(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # (n, F), (n, k, F) -> (n, k)
+    "Distances of each input to its own rows, without a product and so without cancellation."
+    return torch.cdist(x[:, None], rows, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+
+# %% ../../nbs/engine/14_routing.ipynb #1a53606f
 EXACT = 100_000  # groups up to which each input is compared with every one
 
 
@@ -120,7 +125,7 @@ class Groups:
     def route(
         self,
         features: torch.Tensor,  # (n, F), whitened
-        beam: int = 32,  # beyond EXACT groups: nodes kept per level
+        beam: int = 16,  # beyond EXACT groups: nodes kept per level
     ) -> torch.Tensor:  # (n,) task indices
         "The task with the nearest group; of equally near ones the first."
         x = features.double() - self.centre
@@ -130,7 +135,7 @@ class Groups:
 def route(
     features: torch.Tensor,  # (n, F), whitened
     groups: list[torch.Tensor],  # for each task, (g, F) whitened means of its groups
-    beam: int = 32,  # beyond EXACT groups: nodes kept per level
+    beam: int = 16,  # beyond EXACT groups: nodes kept per level
 ) -> torch.Tensor:  # (n,) task indices
     "The task with the nearest group; exact up to `EXACT` groups."
     return Groups(groups).route(features, beam)
@@ -166,7 +171,7 @@ class Router:
     def route(
         self,
         features: torch.Tensor,  # (n, F), of the model without its adapter
-        beam: int = 32,  # beyond EXACT groups: nodes kept per level
+        beam: int = 16,  # beyond EXACT groups: nodes kept per level
     ) -> torch.Tensor:  # (n,) task indices, in the order of `bank.names`
         "Which task each input belongs to: the one with the nearest group. Raises ValueError when a task has no features."
         W, groups = self._groups()
