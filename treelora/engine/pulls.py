@@ -80,7 +80,7 @@ class ProxPull(Pull):
 
 # %% ../../nbs/engine/18_pulls.ipynb #7f4f18f5
 class DotPull(Pull):
-    "The authors' penalty: minus the A matrices' dot product with the branch's, scaled to the task's loss."
+    "The authors' penalty: minus a dot product of A matrices, scaled to the task's loss."
     rows: tuple[Rows, Rows] | None = None  # the adapter, and its branch
 
     def strength(self, now):
@@ -93,7 +93,7 @@ class DotPull(Pull):
         if self.rows is None or self.rows[0].matrix.device != model.device: self.rows = Rows(model.layout, model.device), Rows(model.layout, model.device)
         theta, branch = self.rows[0].load_(model.values()), self.rows[1]
         model.bank.gather(model.bank.adapters, now.arms.expand(model.layout.n_layers), branch.matrix)
-        torch._foreach_zero_(branch.views[1::2])  # no B: what is left of both product and gradient is A's
+        torch._foreach_zero_(branch.views[1::2])  # no B: product and gradient are A's
         theta.matrix.copy_(dot_gradient(theta.matrix, branch.matrix, self._size(loss)))
         theta.add_to(grads, self.strength(now))
 

@@ -26,9 +26,10 @@ def nearest(
 ) -> torch.Tensor:  # (n,) indices of means; of equal ones the first
     "The nearest mean of each input: one matrix product, a block of inputs at a time."
     sizes = means.square().sum(1)
-    return torch.cat([_nearest(block, means, sizes) for block in x.split(max(1, ENTRIES // len(means)))])
+    blocks = x.split(max(1, ENTRIES // len(means)))
+    return torch.cat([_nearest(block, means, sizes) for block in blocks])
 
-
+# %% ../../nbs/engine/14_routing.ipynb #5807826c
 def _nearest(x: torch.Tensor, means: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     "The same for one block, with the squared sizes of the means."
     own = x.square().sum(1, keepdim=True)
@@ -49,11 +50,13 @@ class CentroidTree:
         means: torch.Tensor,  # (G, F), centred, in double precision
         leaf: int = 64,  # means in a leaf, at most; at least 2
     ):
-        self.rows, self.order, cuts, self.levels = means.clone(), torch.arange(len(means)), [0, len(means)], []
+        self.rows, self.order, self.levels = means.clone(), torch.arange(len(means)), []
+        cuts = [0, len(means)]
         while max(b - a for a, b in zip(cuts, cuts[1:])) > leaf:
             for a, b in zip(cuts, cuts[1:]): self._sort(slice(a, b))
             cuts = sorted({*cuts, *((a + b) // 2 for a, b in zip(cuts, cuts[1:]))})
-            self.levels.append(torch.stack([self.rows[a:b].mean(0) for a, b in zip(cuts, cuts[1:])]))
+            blocks = zip(cuts, cuts[1:])
+            self.levels.append(torch.stack([self.rows[a:b].mean(0) for a, b in blocks]))
         self.cuts = torch.tensor(cuts)
 
     def _sort(self, block: slice) -> None:
@@ -62,7 +65,7 @@ class CentroidTree:
         order = (rows @ _widest(rows[::1 + len(rows) // 1024])).argsort()
         self.rows[block], self.order[block] = rows[order], self.order[block][order]
 
-
+# %% ../../nbs/engine/14_routing.ipynb #34095d0a
 def _widest(rows: torch.Tensor) -> torch.Tensor:  # (n, F) -> (F,)
     "The direction in which rows spread most, by a few power iterations."
     rows = rows - rows.mean(0)
@@ -78,11 +81,11 @@ def find(
     beam: int = 16,  # nodes that are kept per level, and leaves that are looked through
 ) -> torch.Tensor:  # (n,) indices of means
     "A near mean of each input, most often the nearest."
-    width = beam * int(self.cuts.diff().max()) * x.shape[1]  # numbers that an input needs at its leaves
+    width = beam * int(self.cuts.diff().max()) * x.shape[1]  # numbers in an input's leaves
     blocks = x.split(max(1, ENTRIES // (4 * width)))  # 8 MB at a time: about what a cache holds
     return torch.cat([self._look(block, self._descend(block, beam)) for block in blocks])
 
-
+# %% ../../nbs/engine/14_routing.ipynb #6ae607bd
 @patch
 def _descend(self: CentroidTree, x: torch.Tensor, beam: int) -> torch.Tensor:  # (n, beam)
     "The leaves at which each input ends."
@@ -93,13 +96,14 @@ def _descend(self: CentroidTree, x: torch.Tensor, beam: int) -> torch.Tensor:  #
         at = at.gather(1, d.topk(min(beam, d.shape[1]), largest=False).indices)
     return at
 
-
+# %% ../../nbs/engine/14_routing.ipynb #9dacc163
 @patch
 def _look(self: CentroidTree, x: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:  # (n,)
     "The nearest mean in an input's leaves; a smaller leaf's last mean is its neighbour's first."
     within = self.cuts[leaves][:, :, None] + torch.arange(int(self.cuts.diff().max()))
     among = within.flatten(1).clamp(max=len(self.rows) - 1)
-    return self.order[among.gather(1, _directly(x, self.rows[among]).argmin(1, keepdim=True))[:, 0]]
+    best = _directly(x, self.rows[among]).argmin(1, keepdim=True)
+    return self.order[among.gather(1, best)[:, 0]]
 
 
 def _directly(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # (n, F), (n, k, F) -> (n, k)
@@ -111,7 +115,7 @@ EXACT = 100_000  # groups up to which each input is compared with every one
 
 
 class Groups:
-    "The groups of all tasks, ready to be compared with inputs: all of them, beyond `EXACT` by a descent."
+    "The groups of all tasks, compared with inputs one by one, or beyond `EXACT` by a descent."
 
     def __init__(
         self,
@@ -119,7 +123,9 @@ class Groups:
     ):
         means = torch.cat(groups).double()
         self.centre = means.mean(0)
-        self.means, self.task = means - self.centre, torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups]))
+        sizes = torch.tensor([len(g) for g in groups])
+        self.means = means - self.centre
+        self.task = torch.arange(len(groups)).repeat_interleave(sizes)
         self.tree = CentroidTree(self.means) if len(means) > EXACT else None
 
     def route(
@@ -129,9 +135,10 @@ class Groups:
     ) -> torch.Tensor:  # (n,) task indices
         "The task with the nearest group; of equally near ones the first."
         x = features.double() - self.centre
-        return self.task[nearest(x, self.means) if self.tree is None else self.tree.find(x, beam)]
+        if self.tree is not None: return self.task[self.tree.find(x, beam)]
+        return self.task[nearest(x, self.means)]
 
-
+# %% ../../nbs/engine/14_routing.ipynb #74a5914e
 def route(
     features: torch.Tensor,  # (n, F), whitened
     groups: list[torch.Tensor],  # for each task, (g, F) whitened means of its groups
@@ -173,7 +180,8 @@ class Router:
         features: torch.Tensor,  # (n, F), of the model without its adapter
         beam: int = 16,  # beyond EXACT groups: nodes kept per level
     ) -> torch.Tensor:  # (n,) task indices, in the order of `bank.names`
-        "Which task each input belongs to: the one with the nearest group. Raises ValueError when a task has no features."
+        """Which task each input belongs to: the one with the nearest group.
+        Raises ValueError when a task has no features."""
         W, groups = self._groups()
         return groups.route(features.detach().to("cpu", torch.float64) @ W.T, beam)
 
@@ -183,11 +191,12 @@ def _groups(self: Router) -> tuple[torch.Tensor, Groups]:
     "The whitener and the tasks' groups, made anew when statistics or bank have changed."
     stats, names = self.stats, list(self.bank.names)
     made_of = (stats.scatter, sum(stats.counts.values()), names)
-    if self._ready is None or self._ready[0][0] is not made_of[0] or self._ready[0][1:] != made_of[1:]:
+    old = self._ready and self._ready[0]
+    if not old or old[0] is not made_of[0] or old[1:] != made_of[1:]:
         self._ready = (made_of, *self._whitened(names))
     return self._ready[1:]
 
-
+# %% ../../nbs/engine/14_routing.ipynb #0a7b6923
 @patch
 def _whitened(self: Router, names: list[str]) -> tuple[torch.Tensor, Groups]:
     "Whitener and groups as they are now. Raises ValueError when a task has no features."
