@@ -381,3 +381,73 @@ def test_late_mail_gives_the_same_training_one_round_later(make_net):
             cross_entropy(tl.model(x * math.nan), y).backward()
             tl.step()
     assert "e" not in tl.bank
+
+
+def dot_steps(tl, steps):
+    "What the dot penalty alone adds to each gradient, step by step, while the adapter stands still."
+    added = []
+    for _ in range(steps):
+        for p in tl.params: p.grad = torch.zeros_like(p)
+        tl.step(2.0)
+        added.append([p.grad.clone() for p in tl.params])
+    return added
+
+
+def test_the_authors_penalty_acts_on_A_alone_and_its_ramp_begins_anew_in_every_epoch(make_net):
+    tl = TreeLoRA(make_net(), penalty="dot", ramp=True, lam=0.3, search="random")
+    for p in tl.params: nn.init.normal_(p)
+    with tl.task("a", rounds=1, epoch=1): dot_steps(tl, 1)
+    a = tl.layout.views(tl.bank.adapter("a"))[::2]
+    with torch.no_grad():
+        for p in tl.params: p.add_(0.1 * torch.randn_like(p))
+    product = sum((p * x).sum() for p, x in zip(tl.params[::2], a)).abs()
+    with tl.task("b", rounds=10, epoch=4): added = dot_steps(tl, 10)
+    for step, share in zip(added, (1, 2, 3, 4, 1, 2, 3, 4, 1, 2)):
+        assert all(not g.any() for g in step[1::2])
+        for g, x in zip(step[::2], a): assert torch.allclose(g, -0.3 * share / 4 * 2.0 / product * x, rtol=1e-4)
+    with tl.task("c", rounds=10): added = dot_steps(tl, 3)  # no epoch is known: over the task
+    sizes = [step[0].norm().item() for step in added]
+    assert sizes[2] / sizes[0] == pytest.approx(3, rel=0.2)  # the draw of the branch changes them a little
+
+
+def test_the_authors_search_counts_anew_in_every_epoch_and_old_states_load(make_net):
+    tl = TreeLoRA.variant("authors", make_net(), lam=0.01)
+    for i, name in enumerate("ab"): learn(tl, name, i)
+    x, y = data(4)
+    counts = []
+    with tl.task("c", rounds=9, epoch=4):
+        for _ in range(9):
+            value = cross_entropy(tl.model(x), y)
+            value.backward()
+            tl.step(value.detach())
+            tl.model.zero_grad()
+            counts.append(tl._now.search.pulls()[0].sum().item())
+            if len(counts) == 6: plain, tensors = json.loads(json.dumps(tl.state()[0])), tl.state()[1]
+    assert counts == [1, 2, 3, 4, 1, 2, 3, 4, 1]
+    assert plain["task"]["search"]["before"] == 4
+    del plain["task"]["search"]["before"]  # as states were before it was counted by epochs
+    again = TreeLoRA.variant("authors", make_net(), lam=0.01)
+    again.restore(plain, tensors)
+    with again.task("c", rounds=9, epoch=4):
+        assert again._now.search.before == 0 and again._now.search.pulls()[0].sum() == 2
+        for _ in range(3):
+            value = cross_entropy(again.model(x), y)
+            value.backward()
+            again.step(value.detach())
+            again.model.zero_grad()
+        assert again._now.search.before == 8 and again._now.search.pulls()[0].sum() == 1
+
+
+def test_news_of_the_old_epoch_arrives_before_the_new_one_begins(make_net):
+    tl = TreeLoRA.variant("authors", make_net(), lam=0.01)
+    learn(tl, "a", 0)
+    x, y, counts = *data(4), []
+    with tl.task("b", rounds=6, epoch=3):
+        tl._now.norms.late = tl._now.losses.late = True
+        for _ in range(6):
+            value = cross_entropy(tl.model(x), y)
+            value.backward()
+            tl.step(value.detach())
+            tl.model.zero_grad()
+            counts.append(tl._now.search.pulls()[0].sum().item())
+    assert counts == [0, 1, 2, 0, 1, 2]

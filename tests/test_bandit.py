@@ -148,6 +148,69 @@ def test_softmax_prefers_the_farther_tasks():
     assert sum(shares) / 4 < 0.2  # blind chance is 0.25
 
 
+def softmax_share(near, epoch, rounds=500):
+    "Share of the picks that the near one of four tasks gets from the authors' search."
+    search, losses, hits = get_search("softmax", random_tree(4, near), 8, seed=near, horizon=epoch), torch.ones(4).double(), 0.0
+    losses[near] = 0.1
+    for t in range(1, rounds + 1):
+        if t % epoch == 1: search.new_epoch(t - 1)
+        arms = search.choose(t)
+        search.update(arms, losses[arms])
+        hits += (arms == near).double().mean().item() / rounds
+    return hits
+
+
+def test_the_authors_draw_gives_the_near_task_less_than_chance_whichever_it_is():
+    shares = [softmax_share(near, 500) for near in range(4)]
+    assert 0.1 < min(shares) and max(shares) < 0.2  # blind chance is 0.25
+    assert sum(shares) < sum(softmax_share(near, 25) for near in range(4)) < 4 * 0.25
+
+
+@pytest.mark.parametrize("n, seed", [(2, 0), (5, 1), (9, 2)])
+def test_the_authors_score_is_distance_plus_width_over_its_range(n, seed):
+    search, rng, t = get_search("softmax", random_tree(n, seed), 3, horizon=60), random.Random(seed), 41
+    seen = [[[] for _ in range(n)] for _ in range(3)]
+    for _ in range(40):
+        arms, xs = [rng.randrange(n - 1) for _ in range(3)], [rng.random() for _ in range(3)]  # the last arm is never seen
+        search.update(torch.tensor(arms), torch.tensor(xs, dtype=torch.float64))
+        for layer, (a, x) in enumerate(zip(arms, xs)): seen[layer][a].append(x)
+    log = math.log(2 * 60 * (t + 1) * (t + 2))
+    want = torch.tensor([[(sum(xs) / len(xs) if xs else 0) + math.sqrt(log / (2 * len(xs) + 1e-5)) for xs in row] for row in seen], dtype=torch.float64)
+    factor = want.median(1, keepdim=True).values.clamp(max=1.5)
+    want = torch.where(search.in_branch, want * factor, want)
+    scores = search.scores(t)
+    assert torch.allclose(scores, want / (want.max() - want.min() + 1e-5))
+    assert (scores.max() - scores.min()).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_among_equally_often_seen_tasks_the_farther_scores_higher():
+    search, losses = get_search("softmax", random_tree(6, 0), 1), [0.1, 0.9, 0.3, 0.7, 0.5, 0.2]
+    for _ in range(30):
+        for k, x in enumerate(losses): search.update(torch.tensor([k]), torch.tensor([x]))
+    scores = search.scores(181)[0]
+    for branch in (search.in_branch, ~search.in_branch):
+        arms = branch.nonzero().flatten().tolist()
+        assert sorted(arms, key=lambda k: scores[k]) == sorted(arms, key=lambda k: losses[k])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_only_the_authors_search_forgets_when_an_epoch_begins(name):
+    search, fresh = (get_search(name, random_tree(5, 0), 2, seed=1) for _ in range(2))
+    for t in range(1, 13):
+        arms = search.choose(t)
+        search.update(arms, (arms + 1.0) / 5)
+    before = search.pulls()
+    search.new_epoch(12)
+    assert search.per_epoch == (name == "softmax")
+    assert search.pulls().sum().item() == (0 if search.per_epoch else 24) and (search.per_epoch or torch.equal(search.pulls(), before))
+    if search.per_epoch:  # it goes on as a new one would
+        search.rng.set_state(fresh.rng.get_state())
+        for t in range(1, 9):
+            arms = search.choose(12 + t)
+            assert torch.equal(arms, fresh.choose(t))
+            for one in (search, fresh): one.update(arms, (arms + 1.0) / 5)
+
+
 def test_rescale_shrinks_means_only_of_its_layer():
     search = get_search("tree-lcb", random_tree(2, 0), 2)
     search.update(torch.tensor([0, 0]), torch.tensor([1.0, 1.0]))

@@ -45,16 +45,16 @@ def record_features(
 
 # %% ../../nbs/engine/23_afterwards.ipynb #7268341c
 @patch
-def route(self: TreeLoRA, features: torch.Tensor, beam: int = 8) -> torch.Tensor:  # (n, F) -> (n,)
-    "Which task each input belongs to, in the order of `tl.bank.names`. Raises ValueError when a task has no features."
-    return self.router.route(features, self.tree, beam)
+def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tensor:  # (n, F) -> (n,)
+    "Which task each input belongs to, in the order of `tl.bank.names`: the one with the nearest group. `beam` matters beyond 100,000 groups only. Raises ValueError when a task has no features."
+    return self.router.route(features, beam)
 
 
 @patch
 @torch.no_grad()
 def infer(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features: Callable | None = None) -> torch.Tensor:
     "Outputs `forward(inputs)` under the adapter that `inference` asks for: the model's own (latest), or that of each input's task (routed), found by `features(inputs)`."
-    return forward(inputs) if self.inference == "latest" else self.router.infer(inputs, forward, features, self.tree)
+    return forward(inputs) if self.inference == "latest" else self.router.infer(inputs, forward, features)
 
 
 @patch

@@ -184,6 +184,7 @@ def step(
 @patch
 def _observe(self: TreeLoRA, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, ...]:
     "The arms of this round, and what was seen of them."
+    now.turn()
     arms = now.search.choose(now.round + 1)
     return arms, self.seen.losses(now, grads, arms, loss)
 

@@ -113,22 +113,38 @@ def update_all(
 class Softmax(Search):
     """The authors' code as we read it: a softmax draw over all arms in which farther tasks
     score higher."""
+    per_epoch = True
 
     def __init__(self, tree, n_layers, seed=0, horizon: int = 1000):
         super().__init__(tree, n_layers, seed)
-        self.horizon = horizon
+        self.horizon, self.before = horizon, 0  # T, and the rounds before this epoch
         branch = self.nodes.left[0] if self.n_arms > 1 else torch.tensor(0)
         self.in_branch = (self.nodes.paths == branch).any(1)
 
     def choose(self, t):
-        return torch.multinomial(self.scores(t).softmax(1), 1, generator=self.rng)[:, 0]
+        chances = self.scores(t - self.before).softmax(1)
+        return torch.multinomial(chances, 1, generator=self.rng)[:, 0]
+
+# %% ../../nbs/engine/09_rivals.ipynb #6c588894
+@patch
+def farness(self: Softmax, t: int) -> torch.Tensor:  # (L, N)
+    "Mean distance of each arm plus its width, in round t of an epoch."
+    n = self.counts[:, self.nodes.leaves]
+    width = math.sqrt(math.log(2 * self.horizon * (t + 1) * (t + 2))) / (2 * n + 1e-5).sqrt()
+    return self.means[:, self.nodes.leaves] + width
 
 # %% ../../nbs/engine/09_rivals.ipynb #3a80019a
 @patch
 def scores(self: Softmax, t: int) -> torch.Tensor:  # (L, N)
-    "The score of each arm; unvisited ones count as visited once."
-    n = self.counts[:, self.nodes.leaves].clamp(min=1)
-    width = math.sqrt(math.log(2 * self.horizon * (t + 1) * (t + 2))) / (2 * n).sqrt()
-    scores = self.means[:, self.nodes.leaves] - width
-    scale = scores.median(1, keepdim=True).values.clamp(max=1.5)
-    return torch.where(self.in_branch, scores * scale, scores)
+    "What the softmax is drawn from; the largest is 1 above the smallest of all layers."
+    far = self.farness(t)
+    scale = far.median(1, keepdim=True).values.clamp(max=1.5)
+    scores = torch.where(self.in_branch, far * scale, far)
+    return scores / (scores.max() - scores.min() + 1e-5)
+
+# %% ../../nbs/engine/09_rivals.ipynb #9467ec76
+@patch
+def new_epoch(self: Softmax, before: int) -> None:
+    "Forget all counts and means; the rounds are counted from here."
+    self.before = before
+    for table in (self.counts, self.means, self.squares): table.zero_()

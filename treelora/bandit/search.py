@@ -19,6 +19,7 @@ from ..tree import TaskTree
 class Search:
     "What all searches share: counts and means of every node, for each layer by itself."
     wants_all = False  # whether a round should observe all arms instead of the chosen ones
+    per_epoch = False  # whether it counts anew in every epoch
 
     def __init__(
         self,
@@ -99,6 +100,14 @@ def rescale(
     if not len(rows): return
     self.means[rows] *= ratio[rows, None]
     self.squares[rows] *= ratio[rows, None].square()
+
+# %% ../../nbs/core/05_search.ipynb #3eba880f
+@patch
+def new_epoch(
+    self: Search,
+    before: int,  # rounds that were played before it
+) -> None:
+    "An epoch begins; this matters only to a search that is `per_epoch`."
 
 # %% ../../nbs/core/05_search.ipynb #9b5e5ecb
 @patch

@@ -39,7 +39,7 @@ class Options:
     split: str = "axis"  # rule of the tree's cuts
     root: str = "input"  # which layer's rows split the tree's root: the one nearest the "input" (the paper) or the "output"
     search_options: dict | None = None  # of the search, e.g. {"c": 0.05}
-    ramp: bool = False  # let the penalty grow as lambda t/T; then `task` needs `rounds`
+    ramp: bool = False  # let the penalty grow as lambda t/T, "dot" in each epoch anew; then `task` needs `rounds`
     relative: bool = False  # measure lambda in units of each layer's mean absolute gradient; for "l1" only
     top_fraction: float | None = None  # keep only the largest entries of the gradient (S in Eq. 3)
     # where it runs

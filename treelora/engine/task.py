@@ -51,6 +51,11 @@ class TaskInProgress:
         "Whether this round only looked for the branch, with the adapter held still."
         return self.search is not None and self.round <= self.search_rounds
 
+    @property
+    def turns(self) -> bool:
+        "Whether the coming round begins an epoch, as far as we know."
+        return bool(self.epoch) and self.round % self.epoch == 0
+
 # %% ../../nbs/engine/16_task.ipynb #a04e15bc
 @patch
 def learn(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None:
@@ -69,6 +74,14 @@ def tell(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None
     if not torch.equal(old, self.scale): self.search.rescale(old / self.scale)
     if losses.dim() == 1: self.search.update(arms, losses / self.scale)
     else: self.search.update_all(losses / self.scale[:, None])
+
+# %% ../../nbs/engine/16_task.ipynb #2d9e591e
+@patch
+def turn(self: TaskInProgress) -> None:
+    "Before the first round of an epoch, let a search that counts per epoch begin anew."
+    if not (self.turns and self.search.per_epoch) or self.search_rounds: return
+    for seen, then in self.losses.flush(): self.tell(then, seen.double())
+    self.search.new_epoch(self.round)
 
 # %% ../../nbs/engine/16_task.ipynb #bb74bef0
 @patch
