@@ -13,15 +13,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-# %% ../../nbs/learning/16_tracking.ipynb #fde5320d
-from ..learner import Part
-
-# %% ../../nbs/learning/16_tracking.ipynb #95d8d265
+# %% ../../nbs/learning/16_tracking.ipynb #03b289c9
 TRACKERS = ("tensorboard", "trackio", "wandb")  # by the name of their packages
 
 
-class Tracked(Part):
-    "Sends loss, learning rate and scores to a tracker of Accelerate, while a run trains."
+class Tracked:
+    "A part of the loop that sends loss, learning rate and scores to a tracker of Accelerate."
 
     def __init__(
         self,
@@ -71,6 +68,15 @@ def measured(self: Tracked, loop, tasks: list[int]) -> None:
     scores = {f"score/{loop.stream[i].name}": float(x) for i, x in enumerate(row)}
     means = {"op": float(row.mean()), "bwt": float((own - row).mean())}
     self.to.log(scores | means, step=self.steps)
+
+# %% ../../nbs/learning/16_tracking.ipynb #10d60d28
+@patch
+def end(self: Tracked, loop, stage) -> None:
+    "The stage's scores come when they are measured."
+
+
+@patch
+def state(self: Tracked) -> dict: return {}
 
 # %% ../../nbs/learning/16_tracking.ipynb #c51773ad
 @patch
