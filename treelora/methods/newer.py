@@ -93,7 +93,7 @@ def passing(
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../../nbs/methods/11_newer.ipynb #eac6a9e8
+# %% ../../nbs/methods/11_newer.ipynb #d2ba4081
 def _first(batches: Iterable, n: int) -> Iterator:
     "Batches with n examples in all, at most."
     for batch in batches:
@@ -103,7 +103,7 @@ def _first(batches: Iterable, n: int) -> Iterator:
         n -= size
         if n <= 0: return
 
-
+# %% ../../nbs/methods/11_newer.ipynb #7cb2f16f
 def merged_fisher(
     method,  # has `answers_of`
     updates: Sequence[Update],
@@ -125,7 +125,7 @@ def merged_fisher(
         n += len(labels)
     return [total.detach() / max(n, 1) for total in totals]
 
-# %% ../../nbs/methods/11_newer.ipynb #29b2c4a1
+# %% ../../nbs/methods/11_newer.ipynb #5892ad69
 class Consolidated(Restarting):
     "EWC-LoRA's hooks around any method, of vision or language, whose model has LoRA layers."
 
@@ -137,7 +137,7 @@ class Consolidated(Restarting):
         gamma: float = 1.0,  # what is left of earlier tasks' information after each task
         **kwargs,  # of the method that is extended
     ):
-        at_least("samples", samples, 1, "EWC-LoRA measures the Fisher information on examples.")
+        at_least("samples", samples, 1, "EWC-LoRA measures F on examples.")
         at_least("strength", strength, 0, "a spring pulls back.")
         if not 0 <= gamma <= 1: raise ValueError(f"gamma={gamma} must lie between 0 and 1.")
         super().__init__(*args, **kwargs)
@@ -176,7 +176,7 @@ class Consolidated(Restarting):
     def stored(self):
         return super().stored() | {"Fisher information": tensor_bytes(self.importance)}
 
-# %% ../../nbs/methods/11_newer.ipynb #39a6d944
+# %% ../../nbs/methods/11_newer.ipynb #6b9e2f19
 @register
 class EWCLoRA(Consolidated, AdapterMethod):
     "One adapter that is merged after each task; springs hold the merged weights."
@@ -189,14 +189,14 @@ class EWCLoRA(Consolidated, AdapterMethod):
         return (masked_logits(self.model(images), self.classes[self.task])[:, None],
                 labels[:, None])
 
-
+# %% ../../nbs/methods/11_newer.ipynb #f89c6562
 @register
 class EWCLoRAAligned(Aligned, EWCLoRA):
     "The same with a head that is retrained on features sampled from all classes' moments."
     name, paper = "ewc-lora-tap", "Zheng et al., ICLR 2026, with task-adaptive prediction"
     stores = "Fisher information, class moments"
 
-
+# %% ../../nbs/methods/11_newer.ipynb #0b244253
 @register
 class EWCLoRAText(Consolidated, LanguageAdapterMethod):
     "The same for a language model."
@@ -253,21 +253,21 @@ class Decoupled(Restarting):
                             for x in (path.A, path.B, path.magnitudes))
         return super().stored() | {"adapters": kept}
 
-# %% ../../nbs/methods/11_newer.ipynb #f5cc3c65
+# %% ../../nbs/methods/11_newer.ipynb #fad0139b
 @register
 class SDLoRA(Decoupled, AdapterMethod):
     "A new adapter for each task; of the earlier ones only the magnitudes train."
     name, paper, year, stores = "sd-lora", "Wu et al., ICLR 2025", 2025, "adapters"
     wtp = True
 
-
+# %% ../../nbs/methods/11_newer.ipynb #c003a8bd
 @register
 class SDLoRAAligned(Aligned, SDLoRA):
     "The same with a head that is retrained on features sampled from all classes' moments."
     name, paper = "sd-lora-tap", "Wu et al., ICLR 2025, with task-adaptive prediction"
     stores = "adapters, class moments"
 
-
+# %% ../../nbs/methods/11_newer.ipynb #e54f3b43
 @register
 class SDLoRAText(Decoupled, LanguageAdapterMethod):
     "The same for a language model."
@@ -287,7 +287,7 @@ def osf_model(
     config = peft.OSFConfig(effective_rank=float(keep), target_modules=list(target))
     return peft.get_peft_model(model, config)
 
-# %% ../../nbs/methods/11_newer.ipynb #6cd92509
+# %% ../../nbs/methods/11_newer.ipynb #d081bc06
 def _outside(
     x: torch.Tensor,  # (d, n)
     high: torch.Tensor | None,  # (d, k) kept directions; None: where the others span the rest
@@ -296,7 +296,7 @@ def _outside(
     "What is left of columns outside the kept directions."
     return low @ (low.T @ x) if high is None else x - high @ (high.T @ x)
 
-
+# %% ../../nbs/methods/11_newer.ipynb #64135a5b
 class Sculpted:
     "One layer of PEFT's OSF: its factors, and the bases that they may not leave."
 
@@ -335,7 +335,7 @@ class Sculpted:
             for held in (name, f"{name}_init"):
                 if (own := self.buffer(held)) is not None: own.copy_(x)
 
-# %% ../../nbs/methods/11_newer.ipynb #a05d7841
+# %% ../../nbs/methods/11_newer.ipynb #860b7c57
 @register
 class OSF(LanguageMethod):
     """The weights themselves train, orthogonally to their largest singular directions, which
@@ -356,7 +356,8 @@ class OSF(LanguageMethod):
     ):
         super().__init__(osf_model(model, keep, target), tokenizer, n_tasks, seed, max_prompt,
                          max_answer)
-        self.layers = [Sculpted(m) for m in self.model.modules() if hasattr(m, "osf_svd_params")]
+        self.layers = [Sculpted(m) for m in self.model.modules()
+                       if hasattr(m, "osf_svd_params")]
         check_exact(layer.module.base_layer.weight for layer in self.layers)
         self.options |= {"keep": keep, "target": list(target)}
 

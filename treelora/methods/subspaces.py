@@ -59,8 +59,8 @@ class Frozen:
         whole = module.spread(delta) if self.ours else delta.squeeze(-2)
         return output + whole.to(output.dtype)
 
-    def _up(self, low: torch.Tensor) -> torch.Tensor:  # (..., parts, rows) -> (..., parts, out)
-        "From what the rows of A read to corrections."
+    def _up(self, low: torch.Tensor) -> torch.Tensor:  # (..., parts, out)
+        "Corrections from what the rows of A read, (..., parts, rows)."
         return self.scale * torch.einsum("...pr,por->...po", low, self.B)
 
     def overlap(self, A: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,8 @@ class Orthogonal(Restarting):
             raise ValueError(f"The strength lam={lam} of the penalty must not be negative.")
         for name, A, _ in self.pairs: _check_rank(name, self.options["r"], A.shape[-1])
         self.lam = lam
-        self.paths = [Frozen(self.model.get_submodule(name), A, B) for name, A, B in self.pairs]
+        self.paths = [Frozen(self.model.get_submodule(name), A, B)
+                      for name, A, B in self.pairs]
         self.options |= {"lam": lam}
 
     def penalty(self) -> torch.Tensor:
