@@ -7,7 +7,7 @@ __all__ = ['Method', 'VisionMethod', 'AdapterMethod', 'get_method', 'list_method
 
 # %% ../../nbs/methods/10_methods.ipynb #aa86ce45
 from .base import Method, VisionMethod, AdapterMethod, get_method, list_methods, register
-from . import seqlora, treelora, language, replay, regularisation, prompts, subspaces, selection
+from . import seqlora, treelora, language, replay, regularisation, prompts, subspaces, selection, newer
 
 # %% ../../nbs/methods/10_methods.ipynb #5d6a5306
 _all_ = ["Method", "VisionMethod", "AdapterMethod", "get_method", "list_methods", "register"]
