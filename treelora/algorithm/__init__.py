@@ -68,11 +68,13 @@ def look(
     self: TreeLoRA,
     loss: Callable[[int], torch.Tensor],  # i -> the i-th batch's loss under the model as it is
 ) -> bool:  # whether the search goes on
-    """A look of the search for the branch by itself, before the first `step`: one forward pass, no backward (`init="branch"`, `signal="loss"`).
+    """A look of the search for the branch by itself, before the first `step`: one forward pass,
+    no backward (`init="branch"`, `signal="loss"`).
 
-    Looks are no steps, and there are at most `search_rounds` of them (two per earlier task, 64 in all, unless it is given). An arm that was looked
-    at i times before is judged by batch i, and compared with the others on the batches that both have seen. Raises ValueError outside a task, for
-    another signal (those need gradients), and for a loss that is not finite."""
+    Looks are no steps, and there are at most `search_rounds` of them (two per earlier task, 64
+    in all, unless it is given). An arm that was looked at i times before is judged by batch i,
+    and compared with the others on the batches that both have seen. Raises ValueError outside a
+    task, for another signal (those need gradients), and for a loss that is not finite."""
     now = self._open()
     if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
     if not now.searching: return False

@@ -36,8 +36,8 @@ def task_state(
     model: ModelAdapter,
 ) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "The running task between two steps, complete."
-    plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch, "looked": now.looked, "held": now.held, "paired": now.paired.state(),
-             "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
+    plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch,
+             "looked": now.looked, "held": now.held, "paired": now.paired.state(), "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
              "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)], "search": _numbers_of(now.search)}
     found = {"adapter": model.read(), "before": now.before, "total": now.signature.total.matrix, "arms": now.arms, "scale": now.scale,
              "scatter": now.stats.scatter, "picks": stacked(now.picks), "means": stacked(list(now.stats.means.values())),

@@ -20,23 +20,30 @@ from ..signature import Signature
 
 # %% ../../nbs/engine/16_task.ipynb #1c13e0e9
 class PairedLooks:
-    "Losses of earlier tasks' adapters on the same batches: the i-th look at each is at batch i."
+    """Losses of earlier tasks' adapters on the same batches: the i-th look at each is at
+    batch i."""
     reference = 0  # the earliest task, with which the others are compared; never behind them
 
     def __init__(self): self.losses: dict[int, list[float]] = defaultdict(list)
 
-    def turn(self, arm: int) -> tuple[int, int]:  # arm, batch
-        "Whom to look at, and on which batch: who is wanted, or the reference where it lacks it."
-        if len(self.losses[arm]) >= len(self.losses[self.reference]): arm = self.reference
-        return arm, len(self.losses[arm])
+# %% ../../nbs/engine/16_task.ipynb #6e0bf5be
+@patch
+def turn(self: PairedLooks, arm: int) -> tuple[int, int]:  # arm, batch
+    "Whom to look at, on which batch: who is wanted, or the reference where it lacks it."
+    if len(self.losses[arm]) >= len(self.losses[self.reference]): arm = self.reference
+    return arm, len(self.losses[arm])
 
-    def add(self, arm: int, loss: float) -> float:
-        """Take in the next look at an arm; returns by how much worse it is than the reference.
-        Raises ValueError for a loss that is not finite."""
-        batch = len(self.losses[arm])
-        if not math.isfinite(loss): raise ValueError(f"The loss of batch {batch} under the adapter of earlier task number {arm + 1} is {loss}; no branch can be chosen by it.")
-        self.losses[arm].append(loss)
-        return loss - self.losses[self.reference][batch]
+# %% ../../nbs/engine/16_task.ipynb #7da2440d
+@patch
+def add(self: PairedLooks, arm: int, loss: float) -> float:
+    """Take in the next look at an arm; returns by how much worse it is than the reference.
+    Raises ValueError for a loss that is not finite."""
+    batch = len(self.losses[arm])
+    if not math.isfinite(loss):
+        raise ValueError(f"The loss of batch {batch} under the adapter of earlier task number "
+                         f"{arm + 1} is {loss}; no branch can be chosen by it.")
+    self.losses[arm].append(loss)
+    return loss - self.losses[self.reference][batch]
 
 # %% ../../nbs/engine/16_task.ipynb #44fa236b
 @patch
@@ -132,7 +139,7 @@ def learn(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> Non
     self.picks.append(arms)
     if self.search_rounds == 0: self.arms = arms
 
-
+# %% ../../nbs/engine/16_task.ipynb #29b9f3f8
 @patch
 def tell(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None:
     "Scale losses (L,) or (L, N) to [0, 1] by their running maximum, for each layer, and update the search."
@@ -161,7 +168,7 @@ def saw(self: TaskInProgress, arm: int, loss: float) -> None:
     self.tell(arms, torch.tensor([apart], dtype=torch.float64))
     self.picks.append(arms)
 
-
+# %% ../../nbs/engine/16_task.ipynb #e0dd734b
 @patch
 def settle(self: TaskInProgress) -> None:
     "End the search for the branch: from now on its arms are kept."
@@ -172,14 +179,17 @@ def settle(self: TaskInProgress) -> None:
 @patch
 @property
 def found(self: TaskInProgress) -> dict | None:
-    """What the search for the branch has found: the branch, and each earlier task's looks (`rounds`) and loss; None without one.
+    """What the search for the branch has found; None without one: the branch, and each earlier
+    task's looks (`rounds`) and loss.
 
-    The losses can be compared: they are means over the batches that the branch has seen; of another task, the branch's mean and by how much
-    worse it was on the batches that both have seen. After a search in steps they are mean differences to the earliest task on the same batches."""
+    The losses can be compared: the branch's is its mean over the batches that it has seen;
+    another task's is that, and by how much worse it was on the batches that both have seen.
+    After a search in steps they are mean differences to the earliest task on the same batches."""
     if self.search is None or self.search_rounds == 0 or self.arms is None: return None
     earlier, branch = list(self.search.nodes.index), int(self.arms[0])
     losses = self._differences() if self.held else self.paired.levelled(branch)
-    return {"task": self.name, "branch": earlier[branch], "rounds": dict(zip(earlier, self.search.pulls()[0].tolist())),
+    rounds = dict(zip(earlier, self.search.pulls()[0].tolist()))
+    return {"task": self.name, "branch": earlier[branch], "rounds": rounds,
             "loss": {earlier[k]: loss for k, loss in losses.items()}}
 
 

@@ -116,7 +116,8 @@ class WithTree(TrainsWithTree):
     def trees(self): return self.grown
 
     def extra(self):
-        "Movement of each task's adapter from its start, over the start's norm; picks; branches."
+        """How far each task's adapter moved, over the norm of its start (`movement`); branches;
+        picks."""
         found = {"movement": self.movement}
         if self.tl.init == "branch": found["branches"] = self.branches
         return found | self._picks()
