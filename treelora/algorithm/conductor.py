@@ -162,8 +162,8 @@ def _untrained(self: TreeLoRA, now: TaskInProgress) -> torch.Tensor:  # (L, D)
     "A task that only looked for its branch: its adapter is the branch's; so is its signature."
     if now.searching: self._settle(now)
     warnings.warn(
-        f"All {now.round} steps of task {now.name!r} went to the search for its branch: it was "
-        f"not trained and is a copy of its branch. Give the number of steps, "
+        f"All {now.round} steps of task {now.name!r} went to the search for its branch: it "
+        f"was not trained and is a copy of its branch. Give the number of steps, "
         f"tl.task(name, rounds=...), of which a quarter may be spent; or search_rounds=...; "
         f'or search before the first step by tl.look(...), with signal="loss".', stacklevel=4)
     signatures = self.bank.signatures

@@ -116,8 +116,8 @@ class WithTree(TrainsWithTree):
     def trees(self): return self.grown
 
     def extra(self):
-        """How far each task's adapter moved, over the norm of its start (`movement`); branches;
-        picks."""
+        """How far each task's adapter moved, over the norm of its start (`movement`);
+        branches; picks."""
         found = {"movement": self.movement}
         if self.tl.init == "branch": found["branches"] = self.branches
         return found | self._picks()
