@@ -52,7 +52,8 @@ def test_result_file(tmp_path):
     assert {"format", "config", "tasks", "classes", "train_sizes", "test_sizes", "R", "scores", "seconds", "samples_per_second", "curves",
             "trees", "extra", "memory", "device", "packages", "commit", "date"} <= set(saved)
     assert saved["R"][0][1] is None and saved["scores"]["op"] == pytest.approx(result.op)
-    assert saved["config"]["method"] == "treelora" and saved["config"]["method_config"]["lam"] == 0.1
+    assert saved["config"]["method"] == "treelora" and saved["config"]["method_config"]["lam"] == 1.0 and saved["config"]["method_config"]["relative"]
+    assert len(saved["extra"]["movement"]) == 2
     assert saved["trees"][-1]["after"] == saved["tasks"][-1] and saved["packages"]["torch"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["one.json"]
 

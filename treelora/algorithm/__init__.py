@@ -68,21 +68,21 @@ def look(
     self: TreeLoRA,
     loss: Callable[[int], torch.Tensor],  # i -> the i-th batch's loss under the model as it is
 ) -> bool:  # whether the search goes on
-    """A round of the search for the branch by itself, before the first `step`: one forward pass, no backward (`init="branch"`, `signal="loss"`).
+    """A look of the search for the branch by itself, before the first `step`: one forward pass,
+    no backward (`init="branch"`, `signal="loss"`).
 
-    An arm that was looked at i times before is judged by batch i, so that all arms are compared on the same batches. Raises ValueError
-    outside a task, and for another signal: those need gradients."""
+    Looks are no steps, and there are at most `search_rounds` of them (two per earlier task, 64
+    in all, unless it is given). An arm that was looked at i times before is judged by batch i,
+    and compared with the others on the batches that both have seen. Raises ValueError outside a
+    task, for another signal (those need gradients), and for a loss that is not finite."""
     now = self._open()
     if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
-    if now.round >= now.search_rounds or now.search is None: return False
-    arms = now.search.choose(now.round + 1)
-    before = int(now.search.pulls()[0, arms[0]])
-    with self.live.under(arms): seen = loss_now(lambda: loss(before))
-    now.round += 1
-    if now.rounds is not None: now.rounds += 1  # these rounds come on top of the steps
-    now.learn(arms, seen)
-    self._hold(now, [])
-    return now.round < now.search_rounds
+    if not now.searching: return False
+    arm, batch = now.next_look()
+    with self.live.under(torch.tensor([arm])): seen = loss_now(lambda: loss(batch))
+    now.saw(arm, seen.item())
+    if now.looked >= now.search_rounds: self._settle(now)
+    return now.searching
 
 
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['TreeLoRA']
 
 # %% ../../nbs/core/07_algorithm.ipynb #01905364
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -136,7 +137,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     if now.round == 0:
         raise ValueError(f"Task {now.name!r} ended without a step; nothing was recorded.")
     for norms, t in now.norms.flush(): _finite(self.layout.names, norms, now.name, t)
-    signature = now.signature.value().cpu()
+    signature = now.signature.value().cpu() if now.trained else self._untrained(now)
     self.bank.add(now.name, signature, self.live.read())
     try: merges = self.tree.insert(now.name, self._tree_rows(signature))
     except ValueError:
@@ -155,6 +156,20 @@ def _tree_rows(self: TreeLoRA, signature: torch.Tensor) -> list[torch.Tensor]:
     rows = [row[:size] for row, size in zip(signature, self.layout.sizes)]
     return rows if self.options.root == "input" else rows[::-1]
 
+# %% ../../nbs/core/07_algorithm.ipynb #0fb86cde
+@patch
+def _untrained(self: TreeLoRA, now: TaskInProgress) -> torch.Tensor:  # (L, D)
+    "A task that only looked for its branch: its adapter is the branch's; so is its signature."
+    if now.searching: self._settle(now)
+    warnings.warn(
+        f"All {now.round} steps of task {now.name!r} went to the search for its branch: it "
+        f"was not trained and is a copy of its branch. Give the number of steps, "
+        f"tl.task(name, rounds=...), of which a quarter may be spent; or search_rounds=...; "
+        f'or search before the first step by tl.look(...), with signal="loss".', stacklevel=4)
+    signatures = self.bank.signatures
+    return self.bank.gather(signatures, now.arms.expand(self.layout.n_layers),
+                            torch.empty(self.layout.n_layers, self.layout.width))
+
 # %% ../../nbs/core/07_algorithm.ipynb #8565b6bb
 @patch
 @torch.no_grad()
@@ -172,7 +187,7 @@ def step(
     now = self._open()
     grads = self._grads()
     norms = self._norms(now, grads)
-    seen = self._observe(now, grads, loss) if now.looks else None
+    seen = self._observe(now, grads, loss) if now.observes else None
     self._record(now, grads)
     if seen: now.learn(*seen)
     if now.searching: self._hold(now, grads)
@@ -185,8 +200,9 @@ def step(
 def _observe(self: TreeLoRA, now: TaskInProgress, grads, loss) -> tuple[torch.Tensor, ...]:
     "The arms of this round, and what was seen of them."
     now.turn()
-    arms = now.search.choose(now.round + 1)
-    return arms, self.seen.losses(now, grads, arms, loss)
+    arms = now.search.choose(now.looked + 1)
+    seen = self.seen.losses(now, grads, arms, loss)
+    return arms, self._compared(now, grads, arms, loss, seen) if now.searching else seen
 
 
 @patch
@@ -198,10 +214,23 @@ def _record(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> N
 
 @patch
 def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
-    """A round of the search for the branch: the adapter stays still; after the last one it
-    becomes the branch's."""
-    if grads: torch._foreach_zero_(grads)
-    if now.round < now.search_rounds: return
+    "A step that only looked for the branch: the adapter stays still."
+    torch._foreach_zero_(grads)
+    now.held += 1
+    if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
+
+# %% ../../nbs/core/07_algorithm.ipynb #51471658
+@patch
+def _compared(self: TreeLoRA, now: TaskInProgress, grads, arms, loss, seen) -> torch.Tensor:
+    "What was seen of the arms, less what this batch says of the earliest task."
+    if seen.dim() == 2: return seen - seen[:, :1]  # all arms were seen
+    if not arms.any(): return torch.zeros_like(seen)
+    return seen.clone() - self.seen.losses(now, grads, torch.zeros_like(arms), loss)
+
+
+@patch
+def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
+    "The search for the branch is over: the adapter becomes the branch's."
     now.settle()
     self.live.become(now.arms)
     now.signature.begin(self.params)
@@ -244,6 +273,6 @@ def _finite(names: list[str], norms: torch.Tensor, task: str, round: int) -> Non
 def _after_optimizer(self: TreeLoRA, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     "The pull that acts after the optimiser's step, with the learning rate that it has just used on the adapter."
     now, first = self._now, self.params[0]
-    if now is None or now.arms is None or now.searching: return
+    if now is None or now.arms is None or not now.trained: return
     rates = [group["lr"] for group in optimizer.param_groups if any(p is first for p in group["params"])]
     if rates: self.pull.after_step(now, float(rates[0]))

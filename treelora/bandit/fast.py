@@ -58,8 +58,8 @@ def update(self: TreeLCB, arms, losses):
 
 # %% ../../nbs/engine/08_search_fast.ipynb #3caca2f9
 @patch
-def rescale(self: TreeLCB, ratio):
-    LCB.rescale(self, ratio)
+def rescale(self: TreeLCB, ratio, about=0.0):
+    LCB.rescale(self, ratio, about)
     rows = (ratio != 1).nonzero().flatten().numpy()
     if len(rows): self._redo_all(rows)
 

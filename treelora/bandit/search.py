@@ -94,12 +94,14 @@ def pulls(self: Search) -> torch.Tensor:  # (L, N)
 def rescale(
     self: Search,
     ratio: torch.Tensor,  # (L,) in (0, 1]: the old unit of the losses over the new one
+    about: float = 0.0,  # where zero stands: what stays as it is
 ) -> None:
     "Shrink what was seen so far, when a new largest loss becomes the unit."
     rows = (ratio != 1).nonzero().flatten()
     if not len(rows): return
-    self.means[rows] *= ratio[rows, None]
-    self.squares[rows] *= ratio[rows, None].square()
+    shrunk, seen = ratio[rows, None], self.counts[rows] > 0
+    self.means[rows] = self.means[rows] * shrunk + about * (1 - shrunk) * seen
+    self.squares[rows] *= shrunk.square()
 
 # %% ../../nbs/core/05_search.ipynb #3eba880f
 @patch

@@ -34,7 +34,7 @@ class Options:
     # where a task starts, and who answers
     init: str = "last"  # where a task starts: "last" adapter, "fresh" weights or its "branch"
     inference: str = "latest"  # which adapter predicts: the "latest", or "routed" by features
-    search_rounds: int | None = None  # with init="branch": rounds that look for it; None: two for each task, at most 64
+    search_rounds: int | None = None  # with init="branch": looks for it, at most; None: two per task, 64 at most
     # the parts in detail
     split: str = "axis"  # rule of the tree's cuts
     root: str = "input"  # which layer's rows split the tree's root: the one nearest the "input" (the paper) or the "output"

@@ -36,7 +36,8 @@ def task_state(
     model: ModelAdapter,
 ) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "The running task between two steps, complete."
-    plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch, "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
+    plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch,
+             "looked": now.looked, "held": now.held, "paired": now.paired.state(), "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
              "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)], "search": _numbers_of(now.search)}
     found = {"adapter": model.read(), "before": now.before, "total": now.signature.total.matrix, "arms": now.arms, "scale": now.scale,
              "scatter": now.stats.scatter, "picks": stacked(now.picks), "means": stacked(list(now.stats.means.values())),
@@ -66,7 +67,9 @@ def restore_task(
     signature.total.matrix.copy_(tensors["total"])
     if "start" in tensors: signature.start = [x.to(model.device) for x in model.layout.views(tensors["start"])]
     now.before, now.arms, now.picks = tensors["before"], tensors.get("arms"), list(tensors.get("picks", ()))
-    now.scale = tensors.get("scale")
+    now.scale, now.held = tensors.get("scale"), plain.get("held", 0)
+    now.looked = plain.get("looked", now.round)  # older states counted both as rounds
+    now.paired.restore(plain.get("paired", []))
     stats.unpack(plain["groups"], tensors)
     now.norms.waiting = [(x, None, t) for x, t in zip(tensors.get("norms", ()), plain["norms"])]
     now.losses.waiting = [(x, None, arms) for x, arms in zip(tensors.get("losses", ()), tensors.get("losses.arms", ()))]

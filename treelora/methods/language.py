@@ -8,8 +8,7 @@ __all__ = ['TokenMethod', 'LanguageMethod', 'AdaptedText', 'LanguageAdapterMetho
 
 # %% ../../nbs/methods/04_language.ipynb #021c49ad
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
@@ -324,23 +323,3 @@ class TreeLoRABranchText(TreeLoRARoutedText):
     name, paper = "treelora-branch", "this project"
     settings = VARIANTS["branch"] | {"depth": 64, "lam": 0.05, "root": "output",
                                      "search_options": {"c": 1.0}}
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.branches: list[dict] = []
-
-    def look(self, batches):
-        self.model.eval()
-        source, kept = chain.from_iterable(repeat(batches)), []
-        while self.tl.look(lambda i: self._judge(i, source, kept)): pass
-        self.model.train()
-        if len(self.tl.bank): self.branches.append(self.tl.found)
-
-    @torch.no_grad()
-    def _judge(self, i: int, source: Iterator, kept: list) -> torch.Tensor:
-        """The i-th batch's loss under the model as it is; batches are fetched when they are
-        first wanted."""
-        kept += islice(source, max(0, i + 1 - len(kept)))
-        return answer_loss(self.model, kept[i])
-
-    def extra(self): return super().extra() | {"branches": self.branches}

@@ -50,6 +50,7 @@ LOOKS = {  # method -> label, colour, marker, line
     "treelora-branch": ("TreeLoRA-branch", "#009E73", "s", "-"),
     "treelora-plain": ("TreeLoRA, plain", "#56B4E9", "^", "--"),
     "treelora-tii": ("TreeLoRA + TII", "#CC79A7", "D", "--"),
+    "treelora-absolute": ("TreeLoRA, absolute lambda", "#999933", "X", ":"),
     "seqlora": ("SeqLoRA", "#D55E00", "v", "-"),
     "seqlora-wtp": ("SeqLoRA + WTP", "#E69F00", "<", ":"),
     "seqlora-tap": ("SeqLoRA + WTP + TAP", "#E69F00", ">", "--"),

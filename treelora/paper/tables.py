@@ -309,7 +309,8 @@ TEXT_PARTS = {"seqlora": "one adapter, task after task", "treelora-authors": "th
               "fix": "no training, six examples in the prompt, task given", "alone": "each task from fresh weights, task given"}
 PARTS = {"seqlora": "nothing: one adapter, one head", "seqlora-wtp": "+ masked loss (WTP)", "seqlora-tap": "+ head from moments (TAP)",
          "hidelora": "+ adapter by inferred task (TII)", "treelora-plain": "tree penalty alone", "treelora": "WTP + TAP + tree penalty",
-         "treelora-tii": "WTP + TAP + TII + tree penalty", "treelora-branch": "WTP + TAP + TII + start from the branch, prox", "joint": "all tasks at once"}
+         "treelora-tii": "WTP + TAP + TII + tree penalty", "treelora-absolute": "WTP + TAP + tree penalty, lambda as printed",
+         "treelora-branch": "WTP + TAP + TII + start from the branch, prox", "joint": "all tasks at once"}
 
 
 def parts_table(
