@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from test_language import tiny_run, tiny_stream
 from treelora.learning.language import Collator, generate, prompt_features
 from treelora.learner import Learner
-from treelora.methods.selection import SAPT, HiDeLoRAText, Importance, SharedAttention, TaSL, important, mixture, past_share, prompt_peaks, rescaled, side_by_side
+from treelora.methods.selection import (SAPT, HiDeLoRAAuthorsText, HiDeLoRAText, Importance, SharedAttention, TaSL, important, mixture, past_share, prompt_peaks,
+                                       rescaled, rows_apart, side_by_side)
 
 ALL = [HiDeLoRAText, SAPT, TaSL]
 
@@ -266,3 +267,40 @@ def test_wide_adapters(tiny_language):
     assert side_by_side(method.layout, []) == []
     pairs = side_by_side(method.layout, [method.initial, 2 * method.initial + 1])
     for (A, B), (a, b) in zip(pairs, method.layout.shapes): assert A.shape == (2 * a[0], a[1]) and B.shape == (b[0], 2 * b[1])
+
+
+def test_rows_apart_is_the_cross_entropy_of_finding_oneself():
+    A = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    S = A @ A.T / 0.8
+    assert torch.allclose(rows_apart(A), (S.logsumexp(1) - S.diagonal()).mean(), atol=1e-6)
+    same = torch.ones(5, 7)
+    assert rows_apart(same).item() == pytest.approx(np.log(5), abs=1e-5) and rows_apart(2 * torch.eye(5, 7)) < rows_apart(same)
+
+
+def test_the_authors_hidelora_is_sequential_training_and_a_term_on_rows(tiny_language):
+    from treelora.methods.language import SeqLoRA
+    ends = {}
+
+    class Watched(HiDeLoRAAuthorsText):
+        name = "watched"
+        def end_task(self, batches):
+            super().end_task(batches)
+            cosines = [F.normalize(A, dim=1) @ F.normalize(A, dim=1).T for A in self.layout.params[::2]]
+            ends.setdefault(self.lam, []).append((self.penalty().item(), torch.stack([c.fill_diagonal_(0).clamp(min=0).mean() for c in cosines]).mean().item()))
+
+    plain, none, some = tiny_run(tiny_language, SeqLoRA), tiny_run(tiny_language, Watched, lam=0.0), tiny_run(tiny_language, Watched, epochs=3)
+    assert np.array_equal(plain.R, none.R, equal_nan=True)
+    assert some.memory["stored_bytes"] == 0 and some.config["method_config"] | {"lam": 0.5, "temperature": 0.8} == some.config["method_config"]
+    assert ends[0.5][-1][0] < 0.8 * ends[0.0][-1][0] and ends[0.5][-1][1] < 0.8 * ends[0.0][-1][1]
+
+
+def test_the_authors_hidelora_answers_with_its_latest_adapter(tiny_language):
+    method, stream = learned(tiny_language, HiDeLoRAAuthorsText)
+    asked = prompts(stream)
+    batch = [generate(method.model, method.collate, [p], 4)[0] for p in asked]
+    assert method.predict(asked, 4) == batch and not hasattr(method, "bank")
+
+
+@pytest.mark.parametrize("options, says", [({"lam": -1.0}, "lam=-1.0 must not be negative"), ({"temperature": 0.0}, "temperature=0.0 must be above 0")])
+def test_bad_settings_of_the_authors_hidelora(tiny_language, options, says):
+    with pytest.raises(ValueError, match=says): HiDeLoRAAuthorsText(*tiny_language(), 2, **options)
