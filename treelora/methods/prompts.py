@@ -242,7 +242,7 @@ class L2P(FromPool, VisionPrompts):
         length: int = 5,  # App. A.3
         top: int = 5,  # prompts per image, L2P
         pull: float = 0.1,  # weight of the keys' loss: lambda of L2P, Eq. 5
-        gain: float = 1.0,  # of prompts and keys over their parameters
+        gain: float = 30.0,  # of prompts and keys over their parameters
         vote: bool = True,  # whether a training batch takes what most of its images choose
     ):
         super().__init__(model, classes, seed)
@@ -385,7 +385,7 @@ class DualPrompt(FromExperts, VisionPrompts):
         expert: Sequence[int] = (2, 3, 4),  # layers, App. A.3, counted from 0
         lengths: tuple[int, int] = (5, 20),  # of general and expert prompts, App. A.3
         pull: float = 1.0,  # weight of the keys' loss
-        gain: float = 1.0,  # of prompts and keys over their parameters
+        gain: float = 30.0,  # of prompts and keys over their parameters
     ):
         super().__init__(model, classes, seed)
         for layers in (general, expert): _check_layers(layers, len(model.blocks))
@@ -771,7 +771,7 @@ class L2PText(Lengthened):
     ):
         super().__init__(model, tokenizer, n_tasks, seed, max_prompt, max_answer)
         self.options |= {"pool": pool, "length": length, "top": top, "pull": pull,
-                         "gain": gain}
+                         "gain": gain, "keys": "uniform"}
         random = self.random_tokens(pool, length)
         start = self.model.get_input_embeddings()(random).detach().float()
         self.attach(PromptPool(start, self.width, top, gain, seed))
@@ -818,7 +818,8 @@ class DualPromptText(FromExperts, TextPrompts):
                            for given, own in zip((general, expert), shares(len(layers))))
         for chosen in (general, expert): _check_layers(chosen, len(layers))
         self.options |= {"general": list(general), "expert": list(expert),
-                         "lengths": list(lengths), "pull": pull, "gain": gain}
+                         "lengths": list(lengths), "pull": pull, "gain": gain,
+                         "keys": "uniform"}
         starts = (as_read(model, self.random_tokens(n, P))[:, list(chosen)]
                   for n, chosen, P in zip((1, n_tasks), (general, expert), lengths))
         self.attach(DualPrompts(*(Prefixes(chosen, start, gain)

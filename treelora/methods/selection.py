@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HiDeLoRAText', 'rows_apart', 'HiDeLoRAAuthorsText', 'clustered', 'ClassCentres', 'HiDeLoRAPET', 'HiDeLoRAPET10',
-           'SharedAttention', 'prompt_peaks', 'side_by_side', 'mixture', 'Blocks', 'Mixed', 'SAPT', 'Importance',
-           'rescaled', 'important', 'past_share', 'Measured', 'TaSL']
+           'SharedAttention', 'prompt_peaks', 'side_by_side', 'mixture', 'Blocks', 'Mixed', 'SAPT', 'attention_shift',
+           'SAPTReplay', 'Importance', 'rescaled', 'important', 'past_share', 'Measured', 'TaSL']
 
 # %% ../../nbs/methods/09_selection.ipynb #44c46147
 import math
@@ -137,7 +137,7 @@ def clustered(
         nearest = torch.cdist(x, centres).argmin(1)
     return nearest
 
-# %% ../../nbs/methods/09_selection.ipynb #f9056d26
+# %% ../../nbs/methods/09_selection.ipynb #14b491b6
 class ClassCentres:
     "For each class some centres of its features, and the spread around each: what to draw from."
 
@@ -167,6 +167,7 @@ class ClassCentres:
         else:
             groups = clustered(x, self.k, self.seed + label)
             parts = [x[groups == c] for c in groups.unique()]
+            parts = [part for part in parts if len(part) > 1] or [x]  # single rows have no spread
             spread = lambda part: part.var(0, correction=0)
         self.centres[label] = torch.stack([part.mean(0) for part in parts])
         self.spreads[label] = torch.stack([spread(part) for part in parts])
@@ -515,6 +516,54 @@ class SAPT(Mixed):
                 "query projection": tensor_bytes(self.attention.query.parameters())}
 
     def extra(self): return {"attended": self.attended}
+
+# %% ../../nbs/methods/09_selection.ipynb #47c3a541
+def attention_shift(
+    then: torch.Tensor,  # (m, tasks) kept weights
+    now: torch.Tensor,  # (m, tasks) present ones
+) -> torch.Tensor:
+    "Mean divergence (Kullback-Leibler) of the present weights from the kept ones."
+    return torch.nn.functional.kl_div(now.clamp(min=1e-12).log(), then, reduction="batchmean")
+
+# %% ../../nbs/methods/09_selection.ipynb #137ecd99
+@register
+class SAPTReplay(SAPT):
+    "SAPT that holds its attention to what it was on stored vectors of earlier prompts."
+    name, paper = "sapt-replay", "Zhao et al., ACL 2024, with stored instead of generated replay"
+    stores = "adapters, keys, query projection, prompt vectors"
+
+    def __init__(self, *args, replay: int = 32, reflect: float = 0.5, **kwargs):
+        if replay < 1 or not reflect >= 0:
+            raise ValueError(f"replay={replay}, the prompts kept of each task, must be at least "
+                             f"1, and the weight reflect={reflect} must not be negative.")
+        super().__init__(*args, **kwargs)
+        self.replay, self.reflect = replay, reflect
+        self.options |= {"replay": replay, "reflect": reflect}
+        self.peaks: list[torch.Tensor] = []  # of each task (m, width)
+        self.then: list[torch.Tensor] = []  # of each task (m, tasks so far)
+
+    def loss(self, batch): return super().loss(batch) + self.reflect * self.shifted()
+
+    def shifted(self) -> torch.Tensor | float:
+        "How far the attention of earlier prompts has shifted; 0 before there are any."
+        if not self.peaks: return 0.0
+        now = self.attention(torch.cat(self.peaks).to(self.device))
+        then = torch.zeros_like(now)
+        for row, kept in zip(then.split([len(x) for x in self.peaks]), self.then):
+            row[:, :kept.shape[1]] = kept.to(self.device)
+        return attention_shift(then, now)
+
+    @torch.no_grad()
+    def end_task(self, batches):
+        super().end_task(batches)
+        peaks = torch.cat([prompt_peaks(self.model, batch) for batch in batches]).cpu()
+        g = torch.Generator().manual_seed(1000 * self.seed + self.task)
+        some = peaks[torch.randperm(len(peaks), generator=g)[:self.replay]]
+        self.peaks.append(some)
+        self.then.append(self.attention(some.to(self.device)).cpu())
+
+    def stored(self):
+        return super().stored() | {"prompt vectors": tensor_bytes(self.peaks + self.then)}
 
 # %% ../../nbs/methods/09_selection.ipynb #f10f58cd
 class Importance:
