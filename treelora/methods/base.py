@@ -369,15 +369,16 @@ class AdapterMethod(Decomposed):
         kept = {"adapters": tensor_bytes(self.bank.values()), "class moments": moments}
         return {what: size for what, size in kept.items() if size}
 
-# %% ../../nbs/methods/01_base.ipynb #02efb1a8
+# %% ../../nbs/methods/01_base.ipynb #f454bd47
 class Adaptive:
     """Task-adaptive prediction (TAP) in front of any method for images that has `adapted`: the
     features (n, F) that its head sees of some images."""
 
     def __init__(self, *args, **settings):  # of the method that is extended
         if not hasattr(self, "adapted"):
-            raise ValueError(f"The method {self.name!r} does not say what its head sees, so there "
-                             "is nothing to take class statistics of; define adapted(images).")
+            raise ValueError(f"The method {self.name!r} does not say what its head sees, so "
+                             "there is nothing to take class statistics of; define "
+                             "adapted(images).")
         super().__init__(*args, **settings)
         self.options = self.options | {"tap": True}
         self.moments = FeatureStats()  # of all classes seen so far

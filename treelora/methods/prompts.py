@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['prepended', 'prefixed', 'cosine', 'noise', 'uniform', 'majority', 'PromptPool', 'VisionPrompts', 'FromPool', 'L2P',
            'Prefixes', 'DualPrompts', 'FromExperts', 'DualPrompt', 'L2PAdaptive', 'DualPromptAdaptive', 'contrast',
-           'EnsemblePrefixes', 'TaskPrefixes', 'HiDePrompt', 'attention_layers', 'text_prefixed', 'as_read',
-           'FrozenText', 'TextPrompts', 'Lengthened', 'L2PText', 'shares', 'DualPromptText']
+           'EnsemblePrefixes', 'TaskPrefixes', 'HiDePrompt', 'FrozenText', 'TextPrompts', 'Lengthened', 'L2PText',
+           'shares', 'DualPromptText']
 
 # %% ../../nbs/methods/07_prompts.ipynb #b3e3aa18
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from ..learning.decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
+from ..engine.prefix import as_read, attention_layers, check_length, text_prefixed
+from ..learning.decompose import (Decomposition, masked_cross_entropy, masked_logits,
+                                         retrain_head)
 from ..learning.language import IGNORED, answer_loss, answer_nll, generate
 from .base import Adaptive, VisionMethod, register, tensor_bytes
 from .language import LanguageMethod
@@ -113,7 +115,7 @@ class PromptPool(nn.Module):
         start: torch.Tensor,  # (M, length, width) prompts to start from
         query_width: int,  # F
         top: int,  # prompts that an input takes
-        gain: float = 1.0,  # prompts and keys are so many times the parameters, and move faster
+        gain: float = 1.0,  # prompts and keys are so many times the parameters
         seed: int = 0,
     ):
         size, length, _ = start.shape
@@ -277,12 +279,6 @@ class L2P(FromPool, VisionPrompts):
     def logits(self, images, task=None): return self.model.head(self.adapted(images))
 
 # %% ../../nbs/methods/07_prompts.ipynb #af189cf7
-def _check_length(P: int) -> None:
-    "Raise ValueError for a prompt without vectors."
-    if P < 1:
-        raise ValueError(f"A prompt of length {P} is none; choose lengths of at least 1.")
-
-
 class Prefixes(nn.Module):
     "Keys and values for some layers, one set per task. Raises ValueError for an empty prompt."
 
@@ -292,7 +288,7 @@ class Prefixes(nn.Module):
         start: torch.Tensor,  # (n, layers, 2, P, width) sets to start from
         gain: float = 1.0,  # prefixes are `gain` times the parameters, and move faster
     ):
-        _check_length(start.shape[3])
+        check_length(start.shape[3])
         super().__init__()
         self.layers, self.gain, self.table = tuple(layers), gain, nn.Parameter(start / gain)
 
@@ -478,8 +474,8 @@ class TaskPrefixes(VisionPrompts):
         temperature: float = 0.8,  # of the contrastive term
     ):
         if not (reg >= 0 and temperature > 0):
-            raise ValueError(f"The weight reg={reg} of the contrastive term must not be negative, "
-                             f"and temperature={temperature} must be above 0.")
+            raise ValueError(f"The weight reg={reg} of the contrastive term must not be "
+                             f"negative, and temperature={temperature} must be above 0.")
         super().__init__(model, classes, seed)
         _check_layers(layers, len(model.blocks))
         self.options = {"layers": list(layers), "length": length, "lean": lean, "reg": reg,
@@ -541,103 +537,6 @@ class HiDePrompt(TaskPrefixes):
         n = 0 if self.task is None else self.task + 1
         return {"prompts": tensor_bytes([self.prompts.table[:n]]),
                 "class moments": self.parts.stored_bytes}
-
-# %% ../../nbs/methods/07_prompts.ipynb #3063268a
-class _PrefixedCache:
-    "Shows attention a prefix before all keys and values; what is cached is without it."
-
-    def __init__(self, cache, prefix: tuple[torch.Tensor, torch.Tensor]):
-        self.cache, self.prefix = cache, prefix  # (n, heads, P, head_dim) each
-
-    def update(self, *states, **kwargs):
-        "All keys and values so far, as attention asks for them."
-        if self.cache is None: pair = states[:2]
-        else: pair = self.cache.update(*states, **kwargs)
-        return tuple(torch.cat([before.to(x.dtype), x], 2)
-                     for before, x in zip(self.prefix, pair))
-
-# %% ../../nbs/methods/07_prompts.ipynb #02cad994
-def _widened(
-    mask: torch.Tensor | None,  # (n, 1, queries, keys); None: the usual causal one
-    P: int,
-    queries: int,
-    past: int,
-    device: torch.device,
-) -> torch.Tensor | None:
-    "An attention mask with P columns in front that all may look at."
-    if mask is None and queries == 1: return None  # the last token may see everything
-    if mask is None:
-        mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool,
-                          device=device).tril(past)
-    return F.pad(mask, (P, 0), value=True if mask.dtype == torch.bool else 0.0)
-
-# %% ../../nbs/methods/07_prompts.ipynb #8ac5b390
-def _read_prefix(
-    attention: nn.Module,  # of transformers
-    prefix: torch.Tensor,  # (n, 2, P, width)
-):  # the hook's handle
-    "Let an attention layer of a language model attend to P more keys and values."
-    pair = tuple(part.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-                 for part in prefix.unbind(1))
-
-    def hook(module, args, kwargs):
-        # as the version of transformers calls it
-        name = "cache" if "cache" in kwargs else "past_key_values"
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs[name]
-        past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-        mask = _widened(kwargs["attention_mask"], prefix.shape[2], hidden.shape[1], past,
-                        hidden.device)
-        return args, kwargs | {name: _PrefixedCache(cache, pair), "attention_mask": mask}
-
-    return attention.register_forward_pre_hook(hook, with_kwargs=True)
-
-# %% ../../nbs/methods/07_prompts.ipynb #25d2edd4
-def attention_layers(
-    model: nn.Module,  # a causal language model of the Llama kind
-) -> list[nn.Module]:  # from input to output
-    """The attention layers of a language model.
-
-    Raises ValueError where keys and values are not separate, or where attention takes no
-    mask."""
-    layers = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "v_proj")
-              and hasattr(m, "layer_idx")]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no attention layers with k_proj and "
-                         "v_proj; prefix prompts need a model like Llama.")
-    if model.config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError("Prefix prompts need a mask, which attention "
-                         f"{model.config._attn_implementation!r} does not take; load the "
-                         "model with attention='sdpa'.")
-    return layers
-
-
-@contextmanager
-def text_prefixed(
-    model: nn.Module,  # a causal language model of the Llama kind
-    prefixes: dict[int, torch.Tensor],  # layer -> (n, 2, P, width) keys and values
-) -> Iterator[None]:
-    """Prefix tuning of a language model, for as long as the context lasts: neither the
-    tokens' positions nor the cache know of the prefix."""
-    layers = attention_layers(model)
-    handles = [_read_prefix(layers[layer], prefix) for layer, prefix in prefixes.items()]
-    try: yield
-    finally:
-        for handle in handles: handle.remove()
-
-# %% ../../nbs/methods/07_prompts.ipynb #ad3db86c
-@torch.no_grad()
-def as_read(
-    model: nn.Module,  # a causal language model
-    ids: torch.Tensor,  # (n, P) tokens
-) -> torch.Tensor:  # (n, layers, 2, P, width), float32
-    "The keys and values of tokens that a model reads. Raises ValueError for no tokens."
-    _check_length(ids.shape[1])
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    # as the version of transformers calls it
-    cache = out["cache" if "cache" in out else "past_key_values"]
-    return torch.stack([torch.stack([x.transpose(1, 2).flatten(2)
-                                     for x in (layer.keys, layer.values)], 1)
-                        for layer in cache.layers], 1).float()
 
 # %% ../../nbs/methods/07_prompts.ipynb #a64eebb8
 class FrozenText(LanguageMethod):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'flat', 'write_', 'negative_log_likelihood', 'true_logits', 'GroupGradients', 'ImageGradients',
            'TextGradients', 'nonnegative_qp', 'gem_project', 'at_least', 'Memories', 'WithMemory', 'GEM', 'GEMText',
-           'authors_project', 'GEMAuthorsText', 'Directions', 'WithDirections', 'OGD', 'OGDText']
+           'authors_project', 'KeptGradients', 'GEMAuthorsText', 'Directions', 'WithDirections', 'OGD', 'OGDText']
 
 # %% ../../nbs/methods/05_replay.ipynb #de65bb8d
 from collections.abc import Callable, Iterable, Sequence
@@ -311,13 +311,9 @@ def authors_project(
     v = margin - nonnegative_qp(M, dots - margin * M.sum(1))
     return g + (v.to(G) @ G).to(g)
 
-# %% ../../nbs/methods/05_replay.ipynb #476214c4
-@register
-class GEMAuthorsText(LanguageAdapterMethod):
-    """One gradient per task is kept, and each matrix's gradient projected against those: what
-    the repository of the TreeLoRA paper runs as GEM."""
-    name, year = "gem-authors", 2025
-    paper, stores = "GEM as in the code of Qian et al., ICML 2025", "one gradient per task"
+# %% ../../nbs/methods/05_replay.ipynb #2edbc066
+class KeptGradients(LanguageAdapterMethod):
+    "One gradient per task is kept, and each matrix's gradient projected against those."
 
     def __init__(
         self,
@@ -333,21 +329,28 @@ class GEMAuthorsText(LanguageAdapterMethod):
         self.gradients: list[torch.Tensor] = []  # (P,) of each task
         self.latest: torch.Tensor | None = None  # (P,) of the batch that was trained last
 
+    def project(self, grads: list[torch.Tensor]) -> None:
+        "Change the gradients in place, each matrix for itself."
+        kept = torch.stack(self.gradients).float().split([g.numel() for g in grads], 1)
+        for g, G in zip(grads, kept):
+            x = authors_project(g.flatten(), G, self.margin, self.ridge)
+            g.copy_(x.view_as(g))
+
+# %% ../../nbs/methods/05_replay.ipynb #272db5d5
+@register
+class GEMAuthorsText(KeptGradients):
+    "What the repository of the TreeLoRA paper runs as GEM."
+    name, year = "gem-authors", 2025
+    paper, stores = "GEM as in the code of Qian et al., ICML 2025", "one gradient per task"
+
     def begin_task(self, tasks, name, rounds, epoch):
         super().begin_task(tasks, name, rounds, epoch)
         self.latest = None
 
     def after_backward(self, batch, loss):
         grads = [p.grad for p in self.layout.params]
-        if self.gradients: self._project(grads)
+        if self.gradients: self.project(grads)
         self.latest = flat(grads).bfloat16()
-
-    def _project(self, grads: list[torch.Tensor]) -> None:
-        "Each matrix for itself."
-        kept = torch.stack(self.gradients).float().split([g.numel() for g in grads], 1)
-        for g, G in zip(grads, kept):
-            x = authors_project(g.flatten(), G, self.margin, self.ridge)
-            g.copy_(x.view_as(g))
 
     def end_task(self, batches):
         super().end_task(batches)

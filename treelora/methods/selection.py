@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HiDeLoRAText', 'rows_apart', 'HiDeLoRAAuthorsText', 'clustered', 'ClassCentres', 'HiDeLoRAPET', 'HiDeLoRAPET10',
            'SharedAttention', 'prompt_peaks', 'side_by_side', 'mixture', 'Blocks', 'Mixed', 'SAPT', 'attention_shift',
-           'SAPTReplay', 'Importance', 'rescaled', 'important', 'past_share', 'Measured', 'TaSL']
+           'Reflecting', 'SAPTReplay', 'Importance', 'rescaled', 'important', 'past_share', 'Measured', 'TaSL']
 
 # %% ../../nbs/methods/09_selection.ipynb #44c46147
 import math
@@ -81,12 +81,12 @@ class HiDeLoRAText(LanguageAdapterMethod):
         moments = [*self.stats.means.values(), self.stats.scatter] if self.bank else []
         return {"adapters": tensor_bytes(self.bank), "feature moments": tensor_bytes(moments)}
 
-# %% ../../nbs/methods/09_selection.ipynb #c5342e4f
+# %% ../../nbs/methods/09_selection.ipynb #0492a9c2
 def rows_apart(
     A: torch.Tensor,  # (r, in)
     temperature: float = 0.8,
 ) -> torch.Tensor:
-    "Cross-entropy of finding each row among all, by scalar products; below log r for rows apart."
+    "Cross-entropy of finding each row among all, by scalar products."
     similar = A @ A.T / temperature
     return nn.functional.cross_entropy(similar, torch.arange(len(A), device=A.device))
 
@@ -137,9 +137,9 @@ def clustered(
         nearest = torch.cdist(x, centres).argmin(1)
     return nearest
 
-# %% ../../nbs/methods/09_selection.ipynb #14b491b6
+# %% ../../nbs/methods/09_selection.ipynb #115cef0f
 class ClassCentres:
-    "For each class some centres of its features, and the spread around each: what to draw from."
+    "For each class some centres of its features, and the spread around each."
 
     def __init__(
         self,
@@ -167,36 +167,44 @@ class ClassCentres:
         else:
             groups = clustered(x, self.k, self.seed + label)
             parts = [x[groups == c] for c in groups.unique()]
-            parts = [part for part in parts if len(part) > 1] or [x]  # single rows have no spread
+            # single rows have no spread
+            parts = [part for part in parts if len(part) > 1] or [x]
             spread = lambda part: part.var(0, correction=0)
         self.centres[label] = torch.stack([part.mean(0) for part in parts])
         self.spreads[label] = torch.stack([spread(part) for part in parts])
 
-    def draw(
-        self,
-        per_class: int = 128,
-        seed: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, F) features, (n,) classes
-        "Features of all classes, from a Gaussian around each centre, all centres alike."
-        g, drawn, labels = torch.Generator().manual_seed(seed), [], []
-        for label, centres in self.centres.items():
-            which = torch.arange(per_class) % len(centres)
-            noise = torch.randn(per_class, centres.shape[1], generator=g)
-            drawn.append(centres[which] + self._spread(label, which, noise))
-            labels += [label] * per_class
-        return torch.cat(drawn), torch.tensor(labels)
+# %% ../../nbs/methods/09_selection.ipynb #f4530b4b
+@patch
+def draw(
+    self: ClassCentres,
+    per_class: int = 128,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n, F) features, (n,) classes
+    "Features of all classes, from a Gaussian around each centre, all centres alike."
+    g, drawn, labels = torch.Generator().manual_seed(seed), [], []
+    for label, centres in self.centres.items():
+        which = torch.arange(per_class) % len(centres)
+        noise = torch.randn(per_class, centres.shape[1], generator=g)
+        drawn.append(centres[which] + self._widen(label, which, noise))
+        labels += [label] * per_class
+    return torch.cat(drawn), torch.tensor(labels)
 
-    def _spread(self, label: int, which: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        "Standard noise (n, F), made as wide as the chosen centres' spread."
-        spread = self.spreads[label]
-        if self.statistics == "centroids": return noise * (spread[which] + 1e-4).sqrt()
-        return noise @ torch.linalg.cholesky(spread[0] + 1e-4 * torch.eye(len(spread[0]))).T
+# %% ../../nbs/methods/09_selection.ipynb #68de68e8
+@patch
+def _widen(self: ClassCentres, label: int, which: torch.Tensor,
+           noise: torch.Tensor) -> torch.Tensor:
+    "Standard noise (n, F), made as wide as the chosen centres' spread."
+    spread = self.spreads[label]
+    if self.statistics == "centroids": return noise * (spread[which] + 1e-4).sqrt()
+    return noise @ torch.linalg.cholesky(spread[0] + 1e-4 * torch.eye(len(spread[0]))).T
 
-    def stored(self) -> int:
-        "What is kept, in bytes."
-        return tensor_bytes([*self.centres.values(), *self.spreads.values()])
 
-# %% ../../nbs/methods/09_selection.ipynb #e6cd179c
+@patch
+def stored(self: ClassCentres) -> int:
+    "What is kept, in bytes."
+    return tensor_bytes([*self.centres.values(), *self.spreads.values()])
+
+# %% ../../nbs/methods/09_selection.ipynb #b7bc4cf1
 @register
 class HiDeLoRAPET(AdapterMethod):
     """HiDe's decomposition with LoRA and what HiDe-PET's code adds: contrast with earlier
@@ -232,7 +240,8 @@ class HiDeLoRAPET(AdapterMethod):
         seen = features(self.model, images)
         own = masked_cross_entropy(self.model.head(seen), labels, self.classes[self.task])
         if not self.reg: return own
-        earlier = [x for c, x in self.known.centres.items() if c not in self.classes[self.task]]
+        own_classes = self.classes[self.task]
+        earlier = [x for c, x in self.known.centres.items() if c not in own_classes]
         return own + self.reg * contrast(seen, torch.cat([seen[:0].cpu(), *earlier]))
 
 # %% ../../nbs/methods/09_selection.ipynb #9f0c2965
@@ -525,24 +534,20 @@ def attention_shift(
     "Mean divergence (Kullback-Leibler) of the present weights from the kept ones."
     return torch.nn.functional.kl_div(now.clamp(min=1e-12).log(), then, reduction="batchmean")
 
-# %% ../../nbs/methods/09_selection.ipynb #137ecd99
-@register
-class SAPTReplay(SAPT):
-    "SAPT that holds its attention to what it was on stored vectors of earlier prompts."
-    name, paper = "sapt-replay", "Zhao et al., ACL 2024, with stored instead of generated replay"
-    stores = "adapters, keys, query projection, prompt vectors"
+# %% ../../nbs/methods/09_selection.ipynb #30690785
+class Reflecting(SAPT):
+    "SAPT that remembers how it attended to some earlier prompts."
 
     def __init__(self, *args, replay: int = 32, reflect: float = 0.5, **kwargs):
         if replay < 1 or not reflect >= 0:
-            raise ValueError(f"replay={replay}, the prompts kept of each task, must be at least "
-                             f"1, and the weight reflect={reflect} must not be negative.")
+            raise ValueError(f"replay={replay}, the prompts kept of each task, must be at "
+                             f"least 1, and the weight reflect={reflect} must not be "
+                             "negative.")
         super().__init__(*args, **kwargs)
         self.replay, self.reflect = replay, reflect
         self.options |= {"replay": replay, "reflect": reflect}
         self.peaks: list[torch.Tensor] = []  # of each task (m, width)
         self.then: list[torch.Tensor] = []  # of each task (m, tasks so far)
-
-    def loss(self, batch): return super().loss(batch) + self.reflect * self.shifted()
 
     def shifted(self) -> torch.Tensor | float:
         "How far the attention of earlier prompts has shifted; 0 before there are any."
@@ -552,6 +557,15 @@ class SAPTReplay(SAPT):
         for row, kept in zip(then.split([len(x) for x in self.peaks]), self.then):
             row[:, :kept.shape[1]] = kept.to(self.device)
         return attention_shift(then, now)
+
+# %% ../../nbs/methods/09_selection.ipynb #7af35cf8
+@register
+class SAPTReplay(Reflecting):
+    "SAPT that holds its attention to what it was on stored vectors of earlier prompts."
+    name, paper = "sapt-replay", "Zhao et al., ACL 2024, with stored replay"
+    stores = "adapters, keys, query projection, prompt vectors"
+
+    def loss(self, batch): return super().loss(batch) + self.reflect * self.shifted()
 
     @torch.no_grad()
     def end_task(self, batches):
