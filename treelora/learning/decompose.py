@@ -111,7 +111,8 @@ def retrain_head(
     seed: int = 0,
 ) -> float:  # final loss on the samples
     "Train the head on features sampled from all classes' Gaussians (TAP)."
-    return fit_head(head, *sample_features(stats, per_class, seed), list(stats.means), rounds, decay)
+    x, y = sample_features(stats, per_class, seed)
+    return fit_head(head, x, y, list(stats.means), rounds, decay)
 
 # %% ../../nbs/learning/09_decompose.ipynb #54fd704c
 class Decomposition:
