@@ -716,9 +716,8 @@ class DualPromptText(FromExperts, TextPrompts):
         general, expert = (own if given is None else given
                            for given, own in zip((general, expert), shares(len(layers))))
         for chosen in (general, expert): _check_layers(chosen, len(layers))
-        self.options |= {"general": list(general), "expert": list(expert),
-                         "lengths": list(lengths), "pull": pull, "gain": gain,
-                         "keys": "uniform"}
+        self.options |= {"general": list(general), "expert": list(expert), "keys": "uniform",
+                         "lengths": list(lengths), "pull": pull, "gain": gain}
         starts = (as_read(model, self.random_tokens(n, P))[:, list(chosen)]
                   for n, chosen, P in zip((1, n_tasks), (general, expert), lengths))
         self.attach(DualPrompts(*(Prefixes(chosen, start, gain)
