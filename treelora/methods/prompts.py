@@ -381,7 +381,7 @@ class DualPrompt(FromExperts, VisionPrompts):
         expert: Sequence[int] = (2, 3, 4),  # layers, App. A.3, counted from 0
         lengths: tuple[int, int] = (5, 20),  # of general and expert prompts, App. A.3
         pull: float = 1.0,  # weight of the keys' loss
-        gain: float = 30.0,  # of prompts and keys over their parameters
+        gain: float = 10.0,  # of prompts and keys over their parameters
     ):
         super().__init__(model, classes, seed)
         for layers in (general, expert): _check_layers(layers, len(model.blocks))
