@@ -6,6 +6,7 @@ import torch
 
 from treelora.cli import main
 from treelora.experiments.contenders import CONTENDERS, contend, places
+from treelora.methods import get_method
 from treelora.streams import TaskStream, register_stream
 
 
@@ -40,7 +41,28 @@ def test_runs_what_is_missing(tmp_path, capsys):
 def test_methods_of_the_other_kind():
     with pytest.raises(ValueError, match="ogd is not among the contenders for vision"): contend(methods=["ogd"], progress=False)
     assert main(["compare", "--methods", "fix", "--quiet"]) == 2
-    assert not set(CONTENDERS["vision"]) - set(CONTENDERS["language"]) - {"hideprompt", "inflora", "joint"}
+    of_images = {m for m in CONTENDERS["vision"] if not m.endswith(("-tap", "-ca", "-pet", "-r10"))}
+    assert not of_images - set(CONTENDERS["language"]) - {"hideprompt", "inflora", "joint"}
+
+
+def test_contenders_are_registered_and_have_class_statistics_where_their_names_say_so():
+    for kind, names in CONTENDERS.items():
+        assert len(set(names)) == len(names)
+        for name in names: assert get_method(name, kind).name == name
+    plain = {"ewc-tap": "ewc", "l2p-tap": "l2p", "dualprompt-tap": "dualprompt", "inflora-ca": "inflora"}
+    assert set(plain) <= set(CONTENDERS["vision"]) and set(plain.values()) <= set(CONTENDERS["vision"])
+    for name, other in plain.items():
+        assert "class moments" in get_method(name, "vision").stores and "class moments" not in get_method(other, "vision").stores
+    assert {f"{m}-authors" for m in ("gem", "olora", "hidelora")} <= set(CONTENDERS["language"])
+
+
+def test_the_authors_forms_of_rivals_are_not_among_the_rivals(tmp_path):
+    "What the paper's repository runs under a rival's name says nothing about the rival."
+    saved_runs(tmp_path / "cldr" / "quick", {"seqlora": (0.2, 0.2, 0.2), "hidelora": (0.35, 0.40, 0.44), "alone": (0.45, 0.46, 0.47), "gem-authors": (0.1, 0.1, 0.1),
+                                             "hidelora-authors": (0.5, 0.5, 0.5), "treelora": (0.35, 0.41, 0.44), "treelora-branch": (0.36, 0.41, 0.45)})
+    found = {row["what"]: row for row in places(tmp_path, "cldr")}
+    assert found["no rival below plain sequential LoRA"]["reached"].startswith("hidelora 39.7, seqlora 20.0")
+    assert found["alone above the best rival"]["reached"].startswith("alone 46.0, hidelora 39.7")
 
 
 def test_rates_of_another_stream(tmp_path):

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from treelora.learning.language import Collator, answer_nll
 from treelora.learner import run
-from treelora.methods.prompts import (DualPrompt, DualPrompts, DualPromptText, EnsemblePrefixes, HiDePrompt, L2P, L2PText, Prefixes, PromptPool,
+from treelora.methods.prompts import (DualPrompt, DualPromptAdaptive, DualPrompts, DualPromptText, EnsemblePrefixes, HiDePrompt, L2P, L2PAdaptive, L2PText, Prefixes,
+                                      PromptPool, contrast, majority, uniform,
                                       as_read, attention_layers, noise, prefixed, prepended, shares, text_prefixed)
 from treelora.learning.models import features, get_model
 from treelora.streams import get_stream
@@ -111,6 +112,88 @@ def test_gain_multiplies_what_is_learned_and_not_what_is_there():
     slow, fast = (PromptPool(noise(4, 2, 3), 5, 1, gain=gain) for gain in (1.0, 10.0))
     chosen = torch.tensor([[2]])
     assert torch.allclose(slow(chosen), fast(chosen)) and torch.allclose(10 * fast.prompts, slow.prompts)
+
+
+def test_a_training_batch_votes_and_a_test_image_chooses_for_itself():
+    chosen = torch.tensor([[0, 3], [3, 5], [5, 3], [5, 0], [5, 1]])
+    assert sorted(majority(chosen, 7)[0].tolist()) == [3, 5] and (majority(chosen, 7) == majority(chosen, 7)[0]).all()
+    voting, single = L2P(vit(), CLASSES, gain=10.0), L2P(vit(), CLASSES, gain=10.0, vote=False)
+    x, g = images(40), torch.Generator().manual_seed(0)
+    for method in (voting, single):
+        method.begin_task([0], "a", 1, 1)
+        queries = method.query(x)
+        with torch.no_grad(): method.prompts.keys.copy_(queries[:30])  # keys so near that images differ in what they choose
+    asked = voting.query(x)
+    own = single.choose(asked)
+    assert (own != own[0]).any() and torch.equal(single.prompts.select(asked), voting.prompts.select(asked))
+    counts = F.one_hot(own, 30).sum((0, 1))
+    voted = voting.choose(asked)
+    assert (voted == voted[0]).all() and counts[voted[0]].min() >= counts.sort(descending=True).values[4]
+    assert voting.taken.sum() == single.taken.sum() == 40 * 5 and (voting.taken > 0).sum() == 5
+
+
+@pytest.mark.parametrize("gain", [1.0, 10.0])
+def test_prompts_and_keys_of_images_start_uniform_whatever_the_gain(gain):
+    l2p, dual = L2P(vit(), CLASSES, gain=gain), DualPrompt(vit(), CLASSES, gain=gain)
+    starts = [l2p.prompts(torch.arange(30)[:, None]), gain * l2p.prompts.keys, gain * dual.prompts.keys, *(x for given_ in (dual.prompts(torch.arange(3)),) for x in given_.values())]
+    for x in starts: assert x.abs().max() <= 1 + 1e-6 and x.abs().max() > 0.95 and 0.5 < x.std() < 0.65
+    assert l2p.options | {"pull": 0.1, "gain": gain, "vote": True, "start": "uniform"} == l2p.options
+    assert dual.options | {"pull": 1.0, "gain": gain, "start": "uniform"} == dual.options
+    assert torch.equal(uniform(3, 2, seed=4), uniform(3, 2, seed=4)) and not torch.equal(uniform(3, 2, seed=4), uniform(3, 2, seed=5))
+
+
+@pytest.mark.parametrize("cls, plain", [(L2PAdaptive, L2P), (DualPromptAdaptive, DualPrompt)])
+def test_class_statistics_change_old_classes_logits_and_are_counted(cls, plain):
+    methods = [build(vit(), CLASSES) for build in (cls, plain)]
+    for method in methods:
+        for task in range(2):
+            method.begin_task([task], str(task), 1, 1)
+            opt, batches = torch.optim.Adam(method.parameters(), 0.01), [(images(12, 10 * task + i), torch.tensor(CLASSES[task] * 6)) for i in range(2)]
+            for batch in batches:
+                method.loss(batch).backward()
+                opt.step(), opt.zero_grad()
+            before = method.model.head.weight.detach().clone()
+            method.end_task(batches)
+            moved = (method.model.head.weight - before).abs().amax(1) > 1e-3
+            assert moved.tolist() == [cls is type(method) and c < 2 * task + 2 for c in range(6)]  # old classes' rows too
+    adaptive, other = methods
+    F_ = 96
+    assert adaptive.stored() == other.stored() | {"class moments": 8 * (F_ * F_ + 4 * F_)} and adaptive.options["tap"] and "tap" not in other.options
+    x, y = (torch.cat(part) for part in zip(*batches))
+    with torch.no_grad(): seen = adaptive.adapted(x).double()
+    for c in CLASSES[1]: assert torch.allclose(adaptive.moments.means[c], seen[y == c].mean(0), atol=1e-4)
+
+
+def test_a_method_without_features_is_refused():
+    from treelora.methods.base import Adaptive, VisionMethod
+
+    class Silent(Adaptive, VisionMethod): name = "silent"
+
+    with pytest.raises(ValueError, match="'silent' does not say what its head sees"): Silent(vit(), CLASSES)
+
+
+def test_contrast_is_the_cross_entropy_of_finding_oneself():
+    g = torch.Generator().manual_seed(0)
+    h, centres = torch.randn(4, 5, generator=g), torch.randn(3, 5, generator=g).double()
+    M = torch.cat([centres.float(), h])
+    S = M @ M.T / 0.8
+    assert torch.allclose(contrast(h, centres), (S.logsumexp(1) - S.diagonal()).mean(), atol=1e-6)
+
+
+def test_hideprompts_loss_has_the_contrast_with_earlier_classes():
+    batch, losses = (images(6, 3), torch.tensor([2, 3] * 3)), {}
+    for reg in (0.0, 0.1, 0.3):
+        method = HiDePrompt(vit(), CLASSES, reg=reg)
+        method.begin_task([0], "a", 1, 1)
+        method.end_task([(images(12), torch.tensor([0, 1] * 6))])
+        method.begin_task([1], "b", 1, 1)
+        with torch.no_grad(), method.under(batch[0], 1): seen = features(method.model, batch[0])
+        losses[reg] = method.loss(batch).item()
+        assert method.options["reg"] == reg and method.options["temperature"] == 0.8
+    centres = torch.stack(list(method.parts.adapted.means.values()))
+    assert len(centres) == 2 and losses[0.1] - losses[0.0] == pytest.approx(0.1 * contrast(seen, centres).item(), rel=1e-3, abs=1e-6)
+    assert losses[0.3] - losses[0.0] == pytest.approx(3 * (losses[0.1] - losses[0.0]), rel=1e-3, abs=1e-6)
+    with pytest.raises(ValueError, match="reg=-1 of the contrastive term"): HiDePrompt(vit(), CLASSES, reg=-1)
 
 
 def test_experts_go_by_task_and_general_prompts_to_all():

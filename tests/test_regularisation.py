@@ -6,8 +6,9 @@ from test_language import tiny_run as text_run
 from test_learner import tiny_run as image_run, tiny_vit
 from test_replay import text_method, texts
 
+from treelora.learner import run
 from treelora.learning.language import answer_loss
-from treelora.methods.regularisation import EWC, EWCText, Springs, draw_answers, fisher
+from treelora.methods.regularisation import EWC, EWCAdaptive, EWCText, Springs, draw_answers, fisher
 from treelora.methods.replay import flat, negative_log_likelihood
 
 
@@ -120,3 +121,25 @@ def test_images_and_texts_end_to_end(tiny_language):
 @pytest.mark.parametrize("options, words", [({"samples": 0}, "samples=0 must be at least 1"), ({"strength": -1.0}, "strength=-1.0 must be at least 0"), ({"strength": float("nan")}, "strength=nan")])
 def test_bad_settings(options, words):
     with pytest.raises(ValueError, match=words): image_run(EWC, **options)
+
+
+def test_class_statistics_retrain_the_head_and_are_counted():
+    plain, adaptive = (run("split-digits", cls, epochs=1, lr=0.002, progress=False) for cls in (EWC, EWCAdaptive))
+    assert adaptive.op > plain.op + 0.1
+    F = 96
+    assert adaptive.memory["stored"] == plain.memory["stored"] | {"class moments": 8 * (F * F + 10 * F)}
+    assert adaptive.config["method_config"] == plain.config["method_config"] | {"tap": True}
+
+    class Watched(EWCAdaptive):
+        name = "watched"
+        def _observe(self, batches):
+            super()._observe(batches)
+            self.before = self.model.head.weight.detach().clone()
+        def end_task(self, batches):
+            super().end_task(batches)
+            moved = (self.model.head.weight - self.before).abs().amax(1) > 1e-4
+            assert moved.tolist() == [c in self.seen for c in range(4)]  # of all classes so far, old ones too
+            at = self.springs.pull / self.springs.stiffness.clamp(min=1e-30)
+            if self.task == 0: assert np.allclose(at[self.springs.stiffness > 1e-8], flat(self.trained)[self.springs.stiffness > 1e-8], atol=1e-2)  # at rest where the new head is
+
+    image_run(Watched)

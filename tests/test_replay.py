@@ -7,7 +7,7 @@ from test_language import tiny_run as text_run
 from test_learner import tiny_run as image_run, tiny_stream as image_stream, tiny_vit
 
 from treelora.learning.language import Collator, answer_loss
-from treelora.methods.replay import GEM, OGD, Directions, GEMText, OGDText, flat, gem_project, nonnegative_qp, write_
+from treelora.methods.replay import GEM, OGD, Directions, GEMAuthorsText, GEMText, OGDText, authors_project, flat, gem_project, nonnegative_qp, write_
 from treelora.learning.text import Example
 
 
@@ -225,3 +225,61 @@ def test_a_gradient_that_is_not_finite_stops_gem():
     loss.backward()
     method.trained[0].grad.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"): method.after_backward(batch, loss)
+
+
+def test_the_authors_programme_is_solved_and_turns_against_old_tasks():
+    for seed in range(8):
+        g, G = problem(3, 12, seed)
+        G = G / G.norm(dim=1, keepdim=True)
+        x = authors_project(g, G)
+        if (G @ g >= 0).all():
+            assert torch.equal(x, g)
+            continue
+        P = (G @ G.T + 1e-3 * torch.eye(3)).numpy()
+        v = minimize(lambda v: 0.5 * v @ P @ v - v @ (G @ g).numpy(), [0.0] * 3, method="SLSQP", bounds=[(None, 0.5)] * 3, options={"ftol": 1e-14, "maxiter": 500}).x
+        assert np.allclose(x, (g + G.T @ torch.from_numpy(v)), atol=1e-4)
+    g, G = torch.tensor([-1.0, 2.0]), torch.tensor([[1.0, 0.0]])
+    assert (authors_project(g, G) @ G[0]).item() == pytest.approx(-2, abs=0.01) and (gem_project(g, G) @ G[0]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_authors_gem_keeps_exactly_one_gradient_per_task(tiny_language):
+    kept, last = [], []
+
+    class Watched(GEMAuthorsText):
+        name = "watched"
+        def after_backward(self, batch, loss):
+            super().after_backward(batch, loss)
+            last.append(flat(p.grad for p in self.layout.params))
+        def end_task(self, batches):
+            super().end_task(batches)
+            kept.append((len(self.gradients), self.gradients[-1], last[-1]))
+
+    result = text_run(tiny_language, Watched, epochs=2)
+    assert [n for n, *_ in kept] == [1, 2, 3] and result.memory["stored"] == {"gradients": 3 * 2 * result.config["n_trained"]}
+    assert all(torch.equal(gradient, of_last_batch.bfloat16()) for _, gradient, of_last_batch in kept)
+    assert result.config["method_config"]["margin"] == 0.5 and result.config["method_config"]["ridge"] == 1e-3
+
+
+def test_the_authors_gem_projects_each_matrix_for_itself(tiny_language):
+    method = GEMAuthorsText(*tiny_language(), 3)
+    with torch.no_grad():
+        for B in method.layout.params[1::2]: B.normal_()
+    method.begin_task([0], "first", 1, 1)
+    batch = method.collate(texts())
+
+    def gradients():
+        method.model.zero_grad()
+        torch.manual_seed(0)  # of the dropout
+        loss = method.loss(batch)
+        loss.backward()
+        before = [p.grad.clone() for p in method.layout.params]
+        method.after_backward(batch, loss)
+        return before, [p.grad for p in method.layout.params]
+
+    before, after = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, after))  # the first task is left alone
+    kept = [-g.bfloat16().float() if i % 2 else g.bfloat16().float() for i, g in enumerate(before)]  # every other matrix in conflict
+    method.gradients.append(flat(kept).bfloat16())
+    before, after = gradients()
+    for i, (a, b, k) in enumerate(zip(before, after, kept)):
+        assert torch.equal(a, b) if i % 2 == 0 else torch.allclose(b.flatten(), authors_project(a.flatten(), k.flatten()[None]), atol=1e-6) and not torch.equal(a, b)

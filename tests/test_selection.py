@@ -6,9 +6,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from test_language import tiny_run, tiny_stream
+from test_learner import tiny_run as image_run, tiny_vit
 from treelora.learning.language import Collator, generate, prompt_features
 from treelora.learner import Learner
-from treelora.methods.selection import SAPT, HiDeLoRAText, Importance, SharedAttention, TaSL, important, mixture, past_share, prompt_peaks, rescaled, side_by_side
+from treelora.methods.selection import (SAPT, ClassCentres, HiDeLoRAAuthorsText, HiDeLoRAPET, HiDeLoRAPET10, HiDeLoRAText, SAPTReplay, attention_shift, clustered, Importance, SharedAttention, TaSL, important, mixture, past_share, prompt_peaks,
+                                       rescaled, rows_apart, side_by_side)
 
 ALL = [HiDeLoRAText, SAPT, TaSL]
 
@@ -266,3 +268,140 @@ def test_wide_adapters(tiny_language):
     assert side_by_side(method.layout, []) == []
     pairs = side_by_side(method.layout, [method.initial, 2 * method.initial + 1])
     for (A, B), (a, b) in zip(pairs, method.layout.shapes): assert A.shape == (2 * a[0], a[1]) and B.shape == (b[0], 2 * b[1])
+
+
+def test_rows_apart_is_the_cross_entropy_of_finding_oneself():
+    A = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    S = A @ A.T / 0.8
+    assert torch.allclose(rows_apart(A), (S.logsumexp(1) - S.diagonal()).mean(), atol=1e-6)
+    same = torch.ones(5, 7)
+    assert rows_apart(same).item() == pytest.approx(np.log(5), abs=1e-5) and rows_apart(2 * torch.eye(5, 7)) < rows_apart(same)
+
+
+def test_the_authors_hidelora_is_sequential_training_and_a_term_on_rows(tiny_language):
+    from treelora.methods.language import SeqLoRA
+    ends = {}
+
+    class Watched(HiDeLoRAAuthorsText):
+        name = "watched"
+        def end_task(self, batches):
+            super().end_task(batches)
+            cosines = [F.normalize(A, dim=1) @ F.normalize(A, dim=1).T for A in self.layout.params[::2]]
+            ends.setdefault(self.lam, []).append((self.penalty().item(), torch.stack([c.fill_diagonal_(0).clamp(min=0).mean() for c in cosines]).mean().item()))
+
+    plain, none, some = tiny_run(tiny_language, SeqLoRA), tiny_run(tiny_language, Watched, lam=0.0), tiny_run(tiny_language, Watched, epochs=3)
+    assert np.array_equal(plain.R, none.R, equal_nan=True)
+    assert some.memory["stored_bytes"] == 0 and some.config["method_config"] | {"lam": 0.5, "temperature": 0.8} == some.config["method_config"]
+    assert ends[0.5][-1][0] < 0.8 * ends[0.0][-1][0] and ends[0.5][-1][1] < 0.8 * ends[0.0][-1][1]
+
+
+def test_the_authors_hidelora_answers_with_its_latest_adapter(tiny_language):
+    method, stream = learned(tiny_language, HiDeLoRAAuthorsText)
+    asked = prompts(stream)
+    batch = [generate(method.model, method.collate, [p], 4)[0] for p in asked]
+    assert method.predict(asked, 4) == batch and not hasattr(method, "bank")
+
+
+@pytest.mark.parametrize("options, says", [({"lam": -1.0}, "lam=-1.0 must not be negative"), ({"temperature": 0.0}, "temperature=0.0 must be above 0")])
+def test_bad_settings_of_the_authors_hidelora(tiny_language, options, says):
+    with pytest.raises(ValueError, match=says): HiDeLoRAAuthorsText(*tiny_language(), 2, **options)
+
+
+def test_clusters_are_those_of_well_separated_groups():
+    g = torch.Generator().manual_seed(0)
+    x = 0.1 * torch.randn(60, 4, generator=g) + 10 * torch.eye(4)[torch.arange(3).repeat_interleave(20)]
+    best = min((clustered(x, 3, seed) for seed in range(5)), key=lambda c: sum((x[c == k] - x[c == k].mean(0)).square().sum() for k in c.unique()))
+    assert all(len(best[i:i + 20].unique()) == 1 for i in (0, 20, 40)) and len(best.unique()) == 3
+    assert clustered(x[:2], 5).tolist() in ([0, 1], [1, 0]) and clustered(torch.zeros(4, 2), 3).unique().numel() == 1
+
+
+@pytest.mark.parametrize("statistics", ["centroids", "covariance"])
+def test_drawn_features_are_like_a_class(statistics):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=g) @ torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.2]]) + 5
+    known = ClassCentres(statistics, k=10)
+    known.take(x, 4), known.take(-x, 2)
+    drawn, labels = known.draw(4000)
+    assert labels.unique(return_counts=True)[1].tolist() == [4000, 4000]
+    for label, sign in ((4, 1), (2, -1)):
+        own = drawn[labels == label]
+        if statistics == "covariance":
+            assert torch.allclose(torch.cov(own.T), torch.cov(x.T), atol=0.4) and torch.allclose(own.mean(0), sign * x.mean(0), atol=0.2)
+            continue
+        assert torch.allclose(own.mean(0), known.centres[label].mean(0), atol=0.2)  # all centres alike
+        assert torch.cdist(own, sign * x).min(1).values.median() < 0.7  # where the class lies
+    if statistics == "covariance": assert known.stored() == 4 * 2 * (3 + 9)
+    else: assert all(2 <= len(c) <= 10 for c in known.centres.values()) and known.stored() == 2 * 4 * 3 * sum(map(len, known.centres.values()))
+    known.take(x[:1], 4)
+    assert known.draw(5)[0].isfinite().all()
+
+
+def test_a_new_adapter_leans_on_the_earlier_ones():
+    ends = []
+
+    class Watched(HiDeLoRAPET):
+        name = "watched"
+        def end_task(self, batches):
+            before = self._adapter()
+            super().end_task(batches)
+            ends.append((before, self._adapter(), self.bank[self.task]))
+
+    result = image_run(Watched, momentum=0.3)
+    (first, kept, stored), (second, leant, last) = ends
+    assert torch.equal(first, kept) and torch.equal(kept, stored) and torch.equal(leant, last)
+    assert torch.allclose(leant, 0.7 * second + 0.3 * stored, atol=1e-6)
+    assert set(result.memory["stored"]) == {"adapters", "class moments", "class centres"} and min(result.memory["stored"].values()) > 0
+    assert result.config["method_config"] | {"reg": 0.001, "momentum": 0.3, "statistics": "centroids", "centroids": 10, "r": 4} == result.config["method_config"]
+
+
+def test_without_its_parts_it_trains_as_hidelora_does():
+    def adapters(cls, **options):
+        kept = []
+
+        class Watched(cls):
+            name = "watched"
+            def end_task(self, batches):
+                kept.append(self._adapter())
+                super().end_task(batches)
+
+        image_run(Watched, **options)
+        return kept
+
+    from treelora.methods.seqlora import HiDeLoRA
+    plain, bare, whole = adapters(HiDeLoRA), adapters(HiDeLoRAPET, reg=0.0, momentum=0.0), adapters(HiDeLoRAPET, reg=0.1, momentum=0.0)
+    assert torch.allclose(plain[0], bare[0], atol=1e-6) and not torch.allclose(plain[0], whole[0], atol=1e-5)
+
+
+def test_ranks():
+    assert [cls(tiny_vit(), [(0, 1), (2, 3)]).options["r"] for cls in (HiDeLoRAPET, HiDeLoRAPET10)] == [4, 10]
+
+
+@pytest.mark.parametrize("options, says", [({"statistics": "x"}, "must be \"centroids\""), ({"centroids": 0}, "centroids=0 must be at least 1"),
+                                           ({"momentum": 1.0}, "momentum=1.0 must lie in"), ({"reg": -1.0}, "reg=-1.0 must not be negative")])
+def test_bad_settings_of_hidelora_pet(options, says):
+    with pytest.raises(ValueError, match=says): HiDeLoRAPET(tiny_vit(), [(0, 1), (2, 3)], **options)
+
+
+def test_shift_is_the_divergence():
+    g = torch.Generator().manual_seed(0)
+    then, now = torch.rand(6, 3, generator=g), torch.rand(6, 3, generator=g)
+    then, now = then / then.sum(1, keepdim=True), now / now.sum(1, keepdim=True)
+    assert attention_shift(then, now).item() == pytest.approx((then * (then / now).log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_remembered_prompts_hold_the_attention(tiny_language):
+    "The shift of old prompts' attention is smaller where it is in the loss."
+    shifts = {}
+
+    class Watched(SAPTReplay):
+        name = "watched"
+        def end_task(self, batches):
+            with torch.no_grad(): shifts.setdefault(self.reflect, []).append(float(self.shifted()))
+            super().end_task(batches)
+
+    for reflect in (0.0, 50.0): result = tiny_run(tiny_language, Watched, reflect=reflect, replay=5, pace=1.0, epochs=3)
+    assert shifts[0.0][0] == shifts[50.0][0] == 0 and shifts[50.0][1] < 0.9 * shifts[0.0][1]
+    assert result.memory["stored"]["prompt vectors"] == 4 * (3 * 5 * 32 + 5 * (1 + 2 + 3)) and result.config["method_config"]["replay"] == 5
+    plain, same = tiny_run(tiny_language, SAPT), tiny_run(tiny_language, SAPTReplay, reflect=0.0)
+    assert np.array_equal(plain.R, same.R, equal_nan=True)
+    with pytest.raises(ValueError, match="reflect=-1 must not be negative"): SAPTReplay(*tiny_language(), 2, reflect=-1)

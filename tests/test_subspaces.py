@@ -13,8 +13,9 @@ from test_language import tiny_run as text_run
 from test_learner import tiny_run, tiny_stream, tiny_vit
 from treelora.learning.language import add_adapters
 from treelora.lora import LoRALinear, adapters_off, lora_layers
-from treelora.methods.subspaces import Frozen, InfLoRA, InfLoRAAligned, InputSpace, OLoRA, OLoRAText, input_moments
+from treelora.methods.subspaces import Frozen, InfLoRA, InfLoRAAligned, InputSpace, OLoRA, OLoRAAuthorsText, OLoRAText, input_moments
 from treelora.learning.models import features
+from treelora.methods.language import SeqLoRA as SeqLoRAText
 
 CLASSES = [(0, 1), (2, 3)]
 TUTORIAL = Path(__file__).parent.parent / "nbs" / "tutorials" / "05_own_method.ipynb"
@@ -211,3 +212,23 @@ def test_the_tutorial_has_at_most_sixty_lines():
     cells = json.loads(TUTORIAL.read_text())["cells"]
     lines = [line for c in cells if c["cell_type"] == "code" for line in "".join(c["source"]).splitlines() if line.strip()]
     assert 10 < len(lines) <= 60
+
+
+def test_the_authors_olora_is_sequential_training_step_by_step(tiny_language):
+    def steps(cls):
+        seen = []
+
+        class Watched(cls):
+            name = "watched"
+            def after_step(self):
+                super().after_step()
+                seen.append([p.detach().clone() for p in self.layout.params])
+                if cls is OLoRAAuthorsText: assert self.penalty().item() == 0
+
+        return text_run(tiny_language, Watched), seen
+
+    (ours, a), (plain, b) = steps(OLoRAAuthorsText), steps(SeqLoRAText)
+    assert len(a) == len(b) > 6 and all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
+    assert np.array_equal(ours.R, plain.R, equal_nan=True) and ours.memory["stored_bytes"] == 0 and ours.config["method_config"]["lam"] == 0.5
+    (_, own), seen = steps(OLoRAText), a
+    assert not all(torch.equal(x, y) for one, other in zip(own, seen) for x, y in zip(one, other))

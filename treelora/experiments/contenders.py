@@ -26,8 +26,10 @@ from ..streams import get_stream
 
 # %% ../../nbs/experiments/03_contenders.ipynb #10decab0
 CONTENDERS = {
-    "vision": ("seqlora", "gem", "ewc", "l2p", "dualprompt", "hideprompt", "hidelora", "inflora", "treelora", "treelora-branch", "joint"),
-    "language": ("fix", "seqlora", "ogd", "gem", "ewc", "l2p", "dualprompt", "hidelora", "olora", "sapt", "tasl", "treelora", "treelora-branch", "alone"),
+    "vision": ("seqlora", "gem", "ewc", "l2p", "dualprompt", "hideprompt", "hidelora", "inflora", "treelora", "treelora-branch", "joint",
+               "ewc-tap", "l2p-tap", "dualprompt-tap", "inflora-ca", "hidelora-pet", "hidelora-r10"),
+    "language": ("fix", "seqlora", "ogd", "gem", "ewc", "l2p", "dualprompt", "hidelora", "olora", "sapt", "tasl", "treelora", "treelora-branch", "alone",
+                 "gem-authors", "olora-authors", "hidelora-authors"),
 }
 SHORT_FOLDER = {"vision": "one-epoch", "language": "half"}  # below the scale's folder
 SHORT_METHODS = {"vision": CONTENDERS["vision"], "language": ("treelora", "treelora-branch")}
@@ -141,7 +143,7 @@ def places(
     """Whether the methods stand where the literature and the paper put them, by the report's rule
     for differences. Raises FileNotFoundError without results."""
     op, bwt = (_by_seed(results, stream, scale, score) for score in ("op", "bwt"))
-    rivals = [m for m in op if m not in ("joint", "alone") and not m.startswith("treelora")]
+    rivals = [m for m in op if m not in ("joint", "alone") and not m.startswith("treelora") and not m.endswith("-authors")]
     best, low = rivals[0], [m for m in rivals if m not in ("seqlora", "fix")][-1]
     middle = next((m for m in op if m in ("l2p", "dualprompt")), None)
     least, top = [m for m in bwt if m in rivals and m != "fix"][-1], "joint" if "joint" in op else "alone"

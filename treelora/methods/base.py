@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Facts', 'Training', 'Stepping', 'Answering', 'tensor_bytes', 'Remembering', 'Continuing', 'n_processes',
-           'Sharing', 'Method', 'VisionMethod', 'LoRAVision', 'Unadapted', 'Decomposed', 'AdapterMethod', 'register',
-           'list_methods', 'get_method']
+           'Sharing', 'Method', 'VisionMethod', 'LoRAVision', 'Unadapted', 'Decomposed', 'AdapterMethod', 'Adaptive',
+           'register', 'list_methods', 'get_method']
 
 # %% ../../nbs/methods/01_base.ipynb #c7d8a5ec
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +18,7 @@ from torch import distributed, nn
 from torch.utils.data import default_collate
 
 from ..engine.ahead import input_of, stack_of, take_activations
+from ..engine.features import FeatureStats
 from ..engine.routing import grouped
 from ..learning.decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
 from ..lora import adapters_off, add_lora, lora_layers
@@ -367,6 +368,32 @@ class AdapterMethod(Decomposed):
         moments = self.parts.stored_bytes
         kept = {"adapters": tensor_bytes(self.bank.values()), "class moments": moments}
         return {what: size for what, size in kept.items() if size}
+
+# %% ../../nbs/methods/01_base.ipynb #f454bd47
+class Adaptive:
+    """Task-adaptive prediction (TAP) in front of any method for images that has `adapted`: the
+    features (n, F) that its head sees of some images."""
+
+    def __init__(self, *args, **settings):  # of the method that is extended
+        if not hasattr(self, "adapted"):
+            raise ValueError(f"The method {self.name!r} does not say what its head sees, so "
+                             "there is nothing to take class statistics of; define "
+                             "adapted(images).")
+        super().__init__(*args, **settings)
+        self.options = self.options | {"tap": True}
+        self.moments = FeatureStats()  # of all classes seen so far
+
+    def end_task(self, batches):
+        super().end_task(batches)
+        for images, labels in batches:
+            with torch.no_grad(): seen = self.adapted(images)
+            self.moments.update(seen, labels.tolist())
+        retrain_head(self.model.head, self.moments, seed=self.seed + self.task)
+
+    def stored(self):
+        kept = [] if self.moments.scatter is None else [self.moments.scatter,
+                                                        *self.moments.means.values()]
+        return super().stored() | {"class moments": tensor_bytes(kept)}
 
 # %% ../../nbs/methods/01_base.ipynb #52582268
 METHODS: dict[str, dict[str, type[Method]]] = {}  # name -> kind -> class

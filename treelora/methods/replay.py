@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'flat', 'write_', 'negative_log_likelihood', 'true_logits', 'GroupGradients', 'ImageGradients',
            'TextGradients', 'nonnegative_qp', 'gem_project', 'at_least', 'Memories', 'WithMemory', 'GEM', 'GEMText',
-           'Directions', 'WithDirections', 'OGD', 'OGDText']
+           'authors_project', 'KeptGradients', 'GEMAuthorsText', 'Directions', 'WithDirections', 'OGD', 'OGDText']
 
 # %% ../../nbs/methods/05_replay.ipynb #de65bb8d
 from collections.abc import Callable, Iterable, Sequence
@@ -292,6 +292,71 @@ class GEMText(WithMemory, TextGradients, LanguageAdapterMethod):
     "The same for a language model."
     name, paper, year = "gem", "Lopez-Paz & Ranzato, NeurIPS 2017", 2017
     stores, sample = "examples", 8
+
+# %% ../../nbs/methods/05_replay.ipynb #7c12622d
+def authors_project(
+    g: torch.Tensor,  # (P,) gradient of the task that trains
+    G: torch.Tensor,  # (K, P) kept gradients
+    margin: float = 0.5,  # upper bound of the unknowns
+    ridge: float = 1e-3,  # added to the diagonal of GG'
+) -> torch.Tensor:  # (P,)
+    """What the repository of the TreeLoRA paper makes of a gradient under the name of GEM.
+
+    Raises ValueError when a gradient is not finite."""
+    G = G.double()
+    dots = G @ g.double()
+    if (dots >= 0).all(): return g
+    M = G @ G.T + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    M, dots = M.cpu(), dots.cpu()
+    v = margin - nonnegative_qp(M, dots - margin * M.sum(1))
+    return g + (v.to(G) @ G).to(g)
+
+# %% ../../nbs/methods/05_replay.ipynb #2edbc066
+class KeptGradients(LanguageAdapterMethod):
+    "One gradient per task is kept, and each matrix's gradient projected against those."
+
+    def __init__(
+        self,
+        *args,
+        margin: float = 0.5,  # upper bound of the unknowns
+        ridge: float = 1e-3,  # added to the diagonal of GG'
+        **kwargs,  # of `LanguageAdapterMethod`
+    ):
+        at_least("ridge", ridge, 0, "it is added to a diagonal.")
+        super().__init__(*args, **kwargs)
+        self.margin, self.ridge = margin, ridge
+        self.options |= {"margin": margin, "ridge": ridge}
+        self.gradients: list[torch.Tensor] = []  # (P,) of each task
+        self.latest: torch.Tensor | None = None  # (P,) of the batch that was trained last
+
+    def project(self, grads: list[torch.Tensor]) -> None:
+        "Change the gradients in place, each matrix for itself."
+        kept = torch.stack(self.gradients).float().split([g.numel() for g in grads], 1)
+        for g, G in zip(grads, kept):
+            x = authors_project(g.flatten(), G, self.margin, self.ridge)
+            g.copy_(x.view_as(g))
+
+# %% ../../nbs/methods/05_replay.ipynb #272db5d5
+@register
+class GEMAuthorsText(KeptGradients):
+    "What the repository of the TreeLoRA paper runs as GEM."
+    name, year = "gem-authors", 2025
+    paper, stores = "GEM as in the code of Qian et al., ICML 2025", "one gradient per task"
+
+    def begin_task(self, tasks, name, rounds, epoch):
+        super().begin_task(tasks, name, rounds, epoch)
+        self.latest = None
+
+    def after_backward(self, batch, loss):
+        grads = [p.grad for p in self.layout.params]
+        if self.gradients: self.project(grads)
+        self.latest = flat(grads).bfloat16()
+
+    def end_task(self, batches):
+        super().end_task(batches)
+        if self.latest is not None: self.gradients.append(self.latest)
+
+    def stored(self): return super().stored() | {"gradients": tensor_bytes(self.gradients)}
 
 # %% ../../nbs/methods/05_replay.ipynb #2a7882a3
 class Directions:
