@@ -84,14 +84,15 @@ def _all_trials(campaign: Campaign) -> tuple[list[Job], set[tuple]]:
             open_.add(key)
     return found, open_
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #36acbb4c
+# %% ../../nbs/experiments/10_campaigns.ipynb #4d6e5f3d
 def _trials(campaign: Campaign, stream: str, folder: str, method: str) -> list[Job]:
     "The open trials of a method; nothing, and what was chosen is written down, when all are done."
     grids = [g for g in campaign.grids
              if (g.stream, g.folder) == (stream, folder) and method in g.methods]
     path = tuning_file(campaign.results, stream, folder)
     while True:
-        rows = [r for r in read_tuning(path)["rows"].get(method, []) if _valid(r, campaign, grids[0])]
+        rows = read_tuning(path)["rows"].get(method, [])
+        rows = [r for r in rows if _valid(r, campaign, grids[0])]
         chosen, open_ = next_trials(grids, rows)
         made = [_trial(campaign, *one, method) for one in open_]
         if not made: choose(path, method, chosen)
@@ -213,15 +214,19 @@ class Estimates:
         "A run has ended after so many seconds."
         self.measured[planned.kind] = [*self.measured.get(planned.kind, []), seconds]
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #20e53df5
+# %% ../../nbs/experiments/10_campaigns.ipynb #3ae90b67
 @patch
-def probe_missing(self: Estimates, ready: Sequence[Job], say: Callable = lambda text: None) -> None:
+def probe_missing(
+    self: Estimates,
+    ready: Sequence[Job],
+    say: Callable[[str], None] | None = None,  # gets a line for each
+) -> None:
     "Probe each kind of run of which nothing is known."
     for job in ready:
-        if self.of(job.planned) is not None: continue
-        self.probed[job.planned.kind] = probe(job, self.campaign)
-        say(f"{job.planned.method} on {job.planned.stream}: about "
-            f"{duration(self.of(job.planned))} a run")
+        p = job.planned
+        if self.of(p) is not None: continue
+        self.probed[p.kind] = probe(job, self.campaign)
+        if say: say(f"{p.method} on {p.stream}: about {duration(self.of(p))} a run")
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #7a073e9c
 def duration(seconds: float) -> str:
@@ -230,21 +235,22 @@ def duration(seconds: float) -> str:
     if seconds < 6000: return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #e7d3508a
+# %% ../../nbs/experiments/10_campaigns.ipynb #dc4218b1
 def ordered(
     ready: Sequence[Job],
     estimates: Estimates,
 ) -> list[Job]:
     "Jobs by value per second, the largest first; equal ones stay in the file's order."
-    return sorted(ready, key=lambda job: -job.value / max(estimates.of(job.planned) or 1.0, 1e-3))
+    seconds = lambda job: max(estimates.of(job.planned) or 1.0, 1e-3)
+    return sorted(ready, key=lambda job: -job.value / seconds(job))
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #0b6f0725
+# %% ../../nbs/experiments/10_campaigns.ipynb #f0436550
 def work(told: str) -> None:  # JSON: what `_told` says
     "What a process of a campaign does: one run, from its latest checkpoint if there is one."
     told = json.loads(told)
     threading.Thread(target=_end_with_driver, daemon=True).start()
-    job = Job(Planned(**told["planned"]), Path(told["path"]), told["given"], told["options"], 1.0,
-              told["trial"])
+    job = Job(Planned(**told["planned"]), Path(told["path"]), told["given"], told["options"],
+              1.0, told["trial"])
     perform(job, told["root"], Path(told["checkpoints"]), told["log"])
 
 
@@ -299,19 +305,20 @@ def checkpoints_of(job: Job, campaign: Campaign) -> Path:
     "The folder of a job's checkpoints."
     return work_folder(campaign) / "checkpoints" / job.name
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #ad10dba1
+# %% ../../nbs/experiments/10_campaigns.ipynb #d99c2b64
 class Driver:
     "Runs what is left of a campaign."
 
     def __init__(
         self,
         campaign: Campaign,
-        say: Callable[[str], None] = lambda text: None,  # gets a line per event
+        say: Callable[[str], None] | None = None,  # gets a line per event
         wait: float = 1.0,  # seconds between looks
         progress: bool = False,  # bars, for runs in this process
     ):
         _check_device(campaign)
-        self.campaign, self.say, self.wait, self.bars = campaign, say, wait, progress
+        self.campaign, self.wait, self.bars = campaign, wait, progress
+        self.say = say or (lambda text: None)
         self.progress = work_folder(campaign) / "progress.json"
         self.estimates = Estimates(campaign, _known(self.progress))
         self.begun, self.done = time.monotonic(), 0
@@ -331,13 +338,14 @@ def _known(progress: Path) -> dict[str, list[float]]:
     here = where(torch.device("cpu"))["device"]
     return found.get("seconds", {}) if found.get("device") == here else {}
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #04d5944c
+# %% ../../nbs/experiments/10_campaigns.ipynb #3ffc2446
 @patch
 def drive(
     self: Driver,
     probing: bool = True,  # whether to probe and say how long it will take, before it starts
 ) -> dict[str, str]:  # the jobs that failed, and why
-    "Everything that is left, or as much as the hours allow. A run that fails is named; others go on."
+    """Everything that is left, or as much as the hours allow. A run that fails is named; others
+    go on."""
     if probing: self.plan()
     step = self._alone if self.campaign.side_by_side == 0 else self._beside
     try:
@@ -346,10 +354,10 @@ def drive(
         for _, process, _ in self.running.values(): process.kill()
     return self.failed
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #9ee8a515
+# %% ../../nbs/experiments/10_campaigns.ipynb #5979eb63
 @patch
 def plan(self: Driver) -> float:  # seconds until all is done
-    "Say what is left and how long it will take; kinds of runs that are not known are probed."
+    "Say what is left, and how long it takes; kinds of runs that are not known are probed."
     ready, waiting = jobs(self.campaign)
     self.estimates.probe_missing(ready, self.say)
     left = self.left()
@@ -369,14 +377,15 @@ def left(self: Driver) -> float:  # seconds
         total += max(0.0, (self.estimates.of(job.planned) or 0.0) - (now - since))
     return total / max(self.campaign.side_by_side, 1)
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #82634d09
+# %% ../../nbs/experiments/10_campaigns.ipynb #2041b387
 @patch
-def next_job(self: Driver) -> Job | None:
+def next_job(self: Driver):  # a job; None when there is none
     "The most valuable job that is not running, has not failed, and would end in time."
     over = self.campaign.hours and self.begun + 3600 * self.campaign.hours
     for job in ordered(jobs(self.campaign)[0], self.estimates):
         if job.name in self.running or job.name in self.failed: continue
-        if not over or time.monotonic() + (self.estimates.of(job.planned) or 0) <= over: return job
+        end = time.monotonic() + (self.estimates.of(job.planned) or 0)
+        if not over or end <= over: return job
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #2d41486f
 @patch
