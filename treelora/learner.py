@@ -28,7 +28,7 @@ from .engine.shard import repeated_blocks, shard_frozen
 from .learning.keeper import Keeper, Pass
 from .learning.models import HEADS, get_model, model_for, weights_file
 from .learning.processes import Alone, agree, is_main_process, make_accelerator, processes_of
-from .learning.result import Result, Stopwatch, _peak_bytes, where
+from .learning.result import Result, Stopwatch, _peak_bytes, training_seconds, where
 from .streams import Stream, get_stream
 
 # %% ../nbs/learning/11_learner.ipynb #5ecf3b09
@@ -187,9 +187,12 @@ class Loop(Steps):
         except BaseException:
             self.method.abort_task()
             raise
+        before = self.watch.seconds.get("end_of_task", 0.0)
         with self.watch("end_of_task"): self.method.end_task(whole)
         agree(self.processes, self.method, stage.name)
-        self.per_task.append(self.watch.seconds["train"] - stage.batches.before)
+        # a task's training time: looking, steps, and its end
+        own = training_seconds(self.watch.seconds) - stage.batches.before - before
+        self.per_task.append(own)
 
     def _evaluate(self, tasks: list[int]) -> None:
         "One row of R: all tasks seen so far."

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..learning.decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
 from ..learning.language import IGNORED, answer_loss, answer_nll, generate
-from .base import VisionMethod, register, tensor_bytes
+from .base import PER_CLASS, VisionMethod, check_drawn, classes_of, drawn, register, tensor_bytes
 from .language import LanguageMethod
 from ..learning.models import features
 
@@ -414,10 +414,14 @@ class TaskPrefixes(VisionPrompts):
         layers: Sequence[int] = (0, 1, 2, 3, 4),  # HiDe-Prompt, counted from 0
         length: int = 20,  # App. A.3
         lean: float = 0.01,  # alpha, HiDe-Prompt
+        per_class: int | None = PER_CLASS,  # examples of each class for its moments; None: all
     ):
         super().__init__(model, classes, seed)
         _check_layers(layers, len(model.blocks))
-        self.options = {"layers": list(layers), "length": length, "lean": lean}
+        check_drawn("per_class", per_class)
+        self.per_class = per_class
+        self.options = {"layers": list(layers), "length": length, "lean": lean,
+                        "per_class": per_class}
         self.attach(EnsemblePrefixes(layers,
                                      noise(len(classes), len(layers), 2, length,
                                            model.embed_dim, seed=seed), lean))
@@ -457,7 +461,8 @@ class HiDePrompt(TaskPrefixes):
                                     self.classes[self.task])
 
     def end_task(self, batches):
-        for images, labels in batches:
+        seed = self.seed * 1000 + self.task
+        for images, labels in drawn(batches, self.per_class, seed, classes_of):
             with torch.no_grad(), self.under(images, self.task):
                 adapted = features(self.model, images)
             self.parts.observe(self.task, self.query(images), adapted, labels)

@@ -19,8 +19,8 @@ from torch import nn
 from ..engine.features import FeatureStats
 from ..learning.language import IGNORED, answer_nll, generate, prompt_features
 from ..lora import Pair, row_adapters
-from .base import Method, register, tensor_bytes
-from .language import LanguageAdapterMethod, Memo
+from .base import Method, check_drawn, drawn, register, tensor_bytes
+from .language import PER_TASK, LanguageAdapterMethod, Memo
 from ..signature import Layout
 
 # %% ../../nbs/methods/09_selection.ipynb #8b80625a
@@ -31,14 +31,16 @@ class HiDeLoRAText(LanguageAdapterMethod):
     name, paper, year = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023
     stores = "adapters, feature moments"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, per_task: int | None = PER_TASK, **kwargs):
         super().__init__(*args, **kwargs)
         self.bank: list[torch.Tensor] = []  # (L, D) adapters, in the order of the tasks
-        self.stats, self.memo = FeatureStats(), Memo()
+        self.stats, self.memo, self.per_task = FeatureStats(), Memo(), per_task
+        check_drawn("per_task", per_task)
+        self.options |= {"per_task": per_task}
 
     def end_task(self, batches):
         self.model.eval()
-        for batch in batches:
+        for batch in drawn(batches, self.per_task, self.seed * 1000 + self.task):
             tasks = [len(self.bank)] * len(batch["labels"])
             self.stats.update(prompt_features(self.model, batch), tasks)
         self.bank.append(self._adapter())
@@ -73,8 +75,7 @@ class HiDeLoRAText(LanguageAdapterMethod):
             return generate(self.model, self.collate, prompts, max_answer)
 
     def stored(self):
-        moments = [*self.stats.means.values(), self.stats.scatter] if self.bank else []
-        return {"adapters": tensor_bytes(self.bank), "feature moments": tensor_bytes(moments)}
+        return {"adapters": tensor_bytes(self.bank), "feature moments": self.stats.stored_bytes}
 
 # %% ../../nbs/methods/09_selection.ipynb #4b3fb7f1
 class SharedAttention(nn.Module):
