@@ -28,7 +28,7 @@ from .engine.shard import repeated_blocks, shard_frozen
 from .learning.keeper import Keeper, Pass
 from .learning.models import HEADS, get_model, model_for, weights_file
 from .learning.processes import Alone, agree, is_main_process, make_accelerator, processes_of
-from .learning.result import Result, Stopwatch, _peak_bytes, training_seconds, where
+from .learning.result import Result, Stopwatch, _peak_bytes, where
 from .streams import Stream, get_stream
 
 # %% ../nbs/learning/11_learner.ipynb #5ecf3b09
@@ -148,7 +148,8 @@ class Loop(Steps):
         self.processes, self.accelerator = processes, processes.accelerator
         self.watch = Stopwatch()
         self.R = np.full((len(stream), len(stream)), np.nan)
-        self.curves, self.per_task, self.steps = [], [], []  # of the stages that are over
+        # of the stages that are over; `per_task` and `ends` are seconds
+        self.curves, self.per_task, self.ends, self.steps = [], [], [], []
         self.samples, self.done = 0, 0  # examples that were trained on; stages that are over
         method.model = processes.model(method.model)
 
@@ -190,9 +191,8 @@ class Loop(Steps):
         before = self.watch.seconds.get("end_of_task", 0.0)
         with self.watch("end_of_task"): self.method.end_task(whole)
         agree(self.processes, self.method, stage.name)
-        # a task's training time: looking, steps, and its end
-        own = training_seconds(self.watch.seconds) - stage.batches.before - before
-        self.per_task.append(own)
+        self.per_task.append(self.watch.seconds["train"] - stage.batches.before)
+        self.ends.append(self.watch.seconds["end_of_task"] - before)
 
     def _evaluate(self, tasks: list[int]) -> None:
         "One row of R: all tasks seen so far."
@@ -533,6 +533,7 @@ def _result(learner: Learner, config: dict, sha256: dict) -> Result:
     stream, method, watch = learner.stream, learner.method, learner.watch.seconds
     counts = {"n_params": sum(p.numel() for p in method.model.parameters()), "n_trained": sum(p.numel() for p in method.parameters())}
     phases = {p: watch.get(p, 0.0) for p in ("total", "train", "evaluate", "end_of_task")} | {"per_task": learner.per_task, "steps": learner.steps}
+    if len(learner.ends) == len(learner.per_task): phases |= {"end_per_task": learner.ends}  # not so after an older version's checkpoint
     if learner.keeper: phases |= {"checkpoint": watch.get("checkpoint", 0.0), "restarts": learner.keeper.restarts}
     if learner.world > 1: config = config | {"processes": learner.world}
     metrics_used = {"metrics": [getattr(t, "metric", "accuracy") for t in stream]}

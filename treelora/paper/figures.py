@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from ..metrics import training_seconds, training_speed
 from .statistics import over_seeds
 from .tables import noted, parts_table, read_results, table
 
@@ -190,10 +191,10 @@ def _training_time(ax: Axes, found: dict, shown: Sequence[str]) -> None:
 
 def _speed(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     for m in shown:
-        x, dx = over_seeds([r["samples_per_second"] for r in found[m]])
+        x, dx = over_seeds([training_speed(r) for r in found[m]])
         y, dy = over_seeds([100 * r["scores"]["op"] for r in found[m]])
         ax.errorbar(x, y, xerr=dx, yerr=dy, color=look(m)["color"], marker=look(m)["marker"] or "o", lw=1, ls="none")
-    ax.set(xlabel="samples a second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
+    ax.set(xlabel="samples per second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
 
 # %% ../../nbs/paper/03_figures.ipynb #fig00017
 def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> dict[str, tuple[float, float]]:  # task -> where its leaf is
