@@ -1,4 +1,6 @@
 "What a task's end costs, and what is kept of tasks that are over: one rule for all methods."
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,10 +9,12 @@ from test_learner import tiny_stream, tiny_vit
 from torch import nn
 
 from treelora.engine.bank import Bank
+from treelora.experiments.training_time import time_rows
 from treelora.learner import run
-from treelora.learning.result import training_seconds
+from treelora.metrics import task_seconds, time_ratio, training_seconds
 from treelora.methods import get_method
 from treelora.methods.base import METHODS, classes_of, drawn
+from treelora.paper.tables import UNCOUNTED, parts_table, timed
 
 VISION = [name for name, kinds in METHODS.items() if "vision" in kinds]
 TEXT = [name for name, kinds in METHODS.items() if "language" in kinds]
@@ -159,6 +163,40 @@ def test_the_end_of_a_task_is_training_time():
     result = run(tiny_stream(), "hidelora", model=tiny_vit(), epochs=1, batch_size=8, lr=0.01, progress=False)
     phases = result.seconds_by_phase
     assert phases["end_of_task"] > 0 and result.seconds == phases["train"] + phases["end_of_task"]
-    assert sum(phases["per_task"]) == pytest.approx(result.seconds, abs=0.01 * result.seconds + 0.005)
+    assert len(phases["end_per_task"]) == 2 and sum(phases["end_per_task"]) == pytest.approx(phases["end_of_task"])
+    assert sum(task_seconds(phases)) == pytest.approx(result.seconds, abs=0.05 * result.seconds + 0.05)
     assert training_seconds(result.as_dict()["seconds"]) == result.seconds
     assert training_seconds({"train": 2.0}) == 2.0  # files that hold the steps alone
+
+
+def test_task_seconds_of_old_and_new_files():
+    assert task_seconds({"per_task": [1.0, 2.0]}) == [1.0, 2.0] and task_seconds({"per_task": [1.0, 2.0], "end_per_task": [0.5, 0.25]}) == [1.5, 2.25]
+    old, new = {"train": 4.0}, {"train": 2.0, "end_of_task": 1.0}
+    assert time_ratio(old, new) == 2.0 and time_ratio(new, new) == 1.0 and time_ratio({"train": 5.0, "end_of_task": 1.0}, new) == 2.0
+
+
+def test_tables_count_the_ends(tmp_path):
+    for name, seconds, stored in (("seqlora", {"train": 3.0, "end_of_task": 0.0}, {}), ("hidelora", {"train": 3.0, "end_of_task": 1.5}, {}), ("treelora", {"train": 2.0}, {"signatures": 8})):
+        saved = {"format": 1, "config": {"method": name, "seed": 0, "kind": "vision"}, "tasks": ["a"], "R": [[0.5]], "scores": {"op": 0.5, "bwt": 0.0}, "seconds": seconds,
+                 "memory": {"stored_bytes": 8, "stored": stored}, "device": "none", "sha256": {"data": "0" * 64}}
+        path = tmp_path / "split-digits" / "quick" / f"{name}-seed0.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(saved))
+    parts = parts_table(tmp_path)
+    column = parts.head.index("time s")
+    assert {r[0]: r[column] for r in parts.rows} == {"seqlora": "3.00", "hidelora": "4.50", "treelora": "2.00"} and UNCOUNTED in parts.note
+
+
+def test_times_of_steps_are_not_mixed_with_whole_ones():
+    rows = [{"method": m, "savings": [], "seed": 0, "op": 0.9, "steps": [5], "train": t} | end
+            for m, t, end in (("hidelora", 4.0, {"end_of_task": 2.0}), ("treelora", 2.0, {"end_of_task": 1.0}), ("treelora-branch", 2.0, {}))]
+    _, tree, branch = time_rows({"rows": rows}, [("hidelora", ())])
+    assert tree[("hidelora", ())]["ratio"] == 2.0 and tree["train"] == 3.0
+    assert branch[("hidelora", ())]["ratio"] == 2.0 and timed(rows) and not timed(rows[:2])
+
+
+def test_a_run_that_goes_on_counts_the_ends(tmp_path):
+    settings = dict(model=tiny_vit(), epochs=1, batch_size=8, lr=0.01, progress=False, checkpoints=tmp_path)
+    first = run(tiny_stream(), "hidelora", **settings)
+    again = run(tiny_stream(), "hidelora", **settings | {"model": tiny_vit()}, resume=True)
+    assert again.seconds_by_phase["end_per_task"] == first.seconds_by_phase["end_per_task"] and again.seconds == first.seconds

@@ -247,7 +247,7 @@ PER_TASK = 128  # examples of a text task whose features are taken at its end
 # %% ../../nbs/methods/04_language.ipynb #9560e14b
 class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
     "TreeLoRA around a language model."
-    year, stores = 2025, "adapters, signatures"
+    year, stores = 2025, "adapters, signatures, tree"
 
     def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1,
                  target=("q_proj", "v_proj"), layers=None, max_prompt=1024, max_answer=512,
@@ -319,7 +319,7 @@ class TreeLoRARoutedText(TreeLoRAPaperText):
     """The paper's training; each prompt is answered by the adapter of the task that its
     un-adapted features point to."""
     name, paper = "treelora-routed", "Qian et al., ICML 2025, with routed inference"
-    stores = "adapters, signatures, feature means"
+    stores = "adapters, signatures, tree, feature statistics"
     settings = TreeLoRAPaperText.settings | {"inference": "routed"}
 
 # %% ../../nbs/methods/04_language.ipynb #bbae4b84

@@ -104,7 +104,7 @@ def _tree_bytes(tl: TreeLoRA) -> int:
 class TreeLoRAPlain(WithTree, AdapterMethod):
     "Algorithm 1 on a shared head, without HiDe's decomposition."
     name, paper = "treelora-plain", "Qian et al., ICML 2025, without decomposition"
-    year, stores = 2025, "adapters, signatures"
+    year, stores = 2025, "adapters, signatures, tree"
     settings = VARIANTS["paper"] | {"depth": 5}  # App. A.3: depth 5 for ViT
 
     def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first",
@@ -121,7 +121,7 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
 class TreeLoRAPaper(TreeLoRAPlain):
     "Algorithm 1 on HiDe's decomposition, as in the paper; the latest adapter predicts."
     name, paper = "treelora", "Qian et al., ICML 2025"
-    stores = "adapters, signatures, class moments"
+    stores = "adapters, signatures, tree, class moments"
     wtp = tap = True
 
 
@@ -151,7 +151,8 @@ def prototype_loss(
 @register
 class TreeLoRABranch(TreeLoRAIdentity):
     "This project's form: start from the branch, stay near it, route by plain features."
-    name, paper, stores = "treelora-branch", "this project", TreeLoRAPaper.stores
+    name, paper = "treelora-branch", "this project"
+    stores = "adapters, signatures, tree, class moments, feature statistics"
     settings = VARIANTS["branch"] | {"depth": 5}
 
     @torch.no_grad()

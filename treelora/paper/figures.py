@@ -181,7 +181,7 @@ def _limits(found: dict) -> tuple[float, float]:
 # %% ../../nbs/paper/03_figures.ipynb #23e4984e
 def _training_time(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     for i, m in enumerate(shown):
-        mean, std = over_seeds([r["seconds"]["train"] for r in found[m]])
+        mean, std = over_seeds([training_seconds(r["seconds"]) for r in found[m]])
         ax.barh(i, mean, xerr=std, color=look(m)["color"], height=0.62, error_kw={"lw": 1})
     ax.set(xlabel="training time, s")
     ax.set_yticks(range(len(shown)), [look(m)["label"] for m in shown], fontsize=7)
