@@ -261,7 +261,7 @@ def _speedups(rows: list[dict], form: str, rival: str) -> list[tuple[tuple[str, 
 
 def _steps_alone(rows: Sequence[dict]) -> str:
     "What a finding adds when its times leave out the tasks' ends."
-    return "; " * bool(timed(rows)) + timed(rows)
+    return ", times of the steps alone" if timed(rows) else ""
 
 
 def _faster(evidence: Evidence, stream: str, rival: str, factor: float, forms: Sequence[str] = ("treelora", "treelora-branch")) -> Finding:
