@@ -533,7 +533,8 @@ def _result(learner: Learner, config: dict, sha256: dict) -> Result:
     stream, method, watch = learner.stream, learner.method, learner.watch.seconds
     counts = {"n_params": sum(p.numel() for p in method.model.parameters()), "n_trained": sum(p.numel() for p in method.parameters())}
     phases = {p: watch.get(p, 0.0) for p in ("total", "train", "evaluate", "end_of_task")} | {"per_task": learner.per_task, "steps": learner.steps}
-    if len(learner.ends) == len(learner.per_task): phases |= {"end_per_task": learner.ends}  # not so after an older version's checkpoint
+    # not so after an older version's checkpoint
+    if len(learner.ends) == len(learner.per_task): phases |= {"end_per_task": learner.ends}
     if learner.keeper: phases |= {"checkpoint": watch.get("checkpoint", 0.0), "restarts": learner.keeper.restarts}
     if learner.world > 1: config = config | {"processes": learner.world}
     metrics_used = {"metrics": [getattr(t, "metric", "accuracy") for t in stream]}

@@ -164,12 +164,16 @@ def count_table(
     counts: Sequence[int] = (2, 5, 10, 20, 50),  # numbers of tasks
 ) -> str:  # Markdown
     """Score after so many tasks, the training time of a task at the beginning and at the end (of
-    its steps alone where a file holds no more), and of all tasks with their ends. Raises FileNotFoundError without results."""
+    its steps alone where a file holds no more), and of all tasks with their ends.
+
+    Raises FileNotFoundError without results."""
     lines = [f"| method | {' | '.join(f'{n} tasks' for n in counts)} | s, tasks 2 to 6 | s, last five | s, all steps | s, with tasks' ends |", f"|---|{'---:|' * (len(counts) + 4)}"]
     for method, runs in load_results(results, stream).items():
         scores = [_spread([{"op": r["scores"]["average_curve"][n - 1]} for r in runs], "op") for n in counts]
-        early, late = (np.mean([np.mean(task_seconds(r["seconds"])[part]) for r in runs]) for part in (slice(1, 6), slice(-5, None)))
-        steps, whole = np.mean([r["seconds"]["train"] for r in runs]), np.mean([training_seconds(r["seconds"]) for r in runs])
+        early, late = (np.mean([np.mean(task_seconds(r["seconds"])[part]) for r in runs])
+                       for part in (slice(1, 6), slice(-5, None)))
+        steps = np.mean([r["seconds"]["train"] for r in runs])
+        whole = np.mean([training_seconds(r["seconds"]) for r in runs])
         lines.append(f"| {look(method)['label']}, {len(runs)} seed{'s' * (len(runs) > 1)} | {' | '.join(scores)} | {early:.1f} | {late:.1f} | {steps:.0f} | {whole:.0f} |")
     return "\n".join(lines)
 

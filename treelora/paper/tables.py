@@ -289,7 +289,8 @@ def _beside(n: int, rows: list[dict], found: dict[tuple[str, str], list[dict]], 
     labels = dict.fromkeys(label for label, _ in found)
     body = [[s, *(values.get((s, x, m), NOTHING) for x in methods for m in metrics)] for s in dict.fromkeys(r["setting"] for r in rows)]
     body += [[f"ours ({stream}), {label}", *(_ours(found.get((label, NAMES[x]), []), picks[m], 2) for x in methods for m in metrics)] for label in labels]
-    if "time_s" in metrics: note = _joined(note, timed([r for rows in found.values() for r in rows]))
+    runs = [r for own in found.values() for r in own]
+    if "time_s" in metrics: note = _joined(note, timed(runs))
     return Table(f"Table {n}: {TITLES[n]}. The paper's settings, then ours ({stream}, scale quick).", ["setting", *(f"{x}, {_metric(m)}" for x in methods for m in metrics)], body, note)
 
 # %% ../../nbs/paper/04_tables.ipynb #fca6071a
@@ -361,7 +362,8 @@ def contest_table(
     n = max((len(r) for r in ours.values()), default=0)
     head = ["method", "lr", *_our_names(ours), "what is kept"]
     rows = [[_named(m, ours[m], n), f"{ours[m][0]['config']['lr']:g}", *_our_cells(ours[m]), _kept(ours[m])] for m in order]
-    return Table(f"The contenders on {stream} (scale {scale}, {n} seeds)", head, rows, _joined(noted(results, stream, scale), counted(ours)))
+    note = _joined(noted(results, stream, scale), counted(ours))
+    return Table(f"The contenders on {stream} (scale {scale}, {n} seeds)", head, rows, note)
 
 
 def _kept(runs: Sequence[dict]) -> str:
