@@ -97,7 +97,8 @@ def _add(digest, item) -> None:
                 torch.Tensor) else repr(part).encode())
 
 # %% ../../nbs/learning/13_keeper.ipynb #7751cc66
-_KEPT = ("done", "R", "curves", "per_task", "ends", "steps", "samples")  # attributes of a learner
+# attributes of a learner
+_KEPT = ("done", "R", "curves", "per_task", "ends", "steps", "samples")
 
 
 def _measured(learner) -> dict:

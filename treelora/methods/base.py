@@ -317,7 +317,9 @@ def drawn(
     seed: int = 0,
     groups: Callable[[Dataset], torch.Tensor] | None = None,  # (n,) of each example; None: one
 ) -> Iterable:
-    "Batches of some examples, drawn whatever the order of the batches. Raises ValueError for 0."
+    """Batches of some examples, drawn alike whatever the order of the batches.
+
+    Raises ValueError for 0."""
     check_drawn("per_group", per_group)
     data = getattr(batches, "dataset", None)
     if per_group is None or data is None: return batches
