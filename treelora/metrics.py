@@ -118,7 +118,7 @@ def time_ratio(
     a: dict,  # seconds by phase of two runs
     b: dict,
 ) -> float:
-    "The first run's training time over the second's, of the steps alone if one lacks the ends."
+    "The first run's training time over the second's; of the steps alone if one lacks ends."
     if "end_of_task" in a and "end_of_task" in b:
         return training_seconds(a) / training_seconds(b)
     return a["train"] / b["train"]

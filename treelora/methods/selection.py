@@ -75,7 +75,8 @@ class HiDeLoRAText(LanguageAdapterMethod):
             return generate(self.model, self.collate, prompts, max_answer)
 
     def stored(self):
-        return {"adapters": tensor_bytes(self.bank), "feature moments": self.stats.stored_bytes}
+        return {"adapters": tensor_bytes(self.bank),
+                "feature moments": self.stats.stored_bytes}
 
 # %% ../../nbs/methods/09_selection.ipynb #4b3fb7f1
 class SharedAttention(nn.Module):
