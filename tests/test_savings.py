@@ -57,7 +57,7 @@ def test_ablations_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "run", lambda *a, **k: pytest.fail("ran again"))
     assert ablate(["parts"], seeds=[0], results=tmp_path, progress=False) == path
     found = load_ablation("parts", tmp_path)
-    assert list(found) == [("no penalty, no search", "treelora"), ("penalty, LCB search", "treelora")] and all(r[0]["op"] > 0.8 for r in found.values())
+    assert list(found) == [("no penalty, no search", "treelora"), ("penalty, LCB search", "treelora")] and all(r[0]["op"] > 0.75 for r in found.values())
     assert ablation_table("parts", tmp_path).count("\n") == 3
     text = str(table(5, tmp_path))
     assert "ours (split-digits), penalty, LCB search" in text and "54.77±1.10" in text and "nothing run" not in text

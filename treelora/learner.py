@@ -151,7 +151,8 @@ class Loop(Steps):
         self.processes, self.accelerator = processes, processes.accelerator
         self.watch = Stopwatch()
         self.R = np.full((len(stream), len(stream)), np.nan)
-        self.curves, self.per_task, self.steps = [], [], []  # of the stages that are over
+        # of the stages that are over; `per_task` and `ends` are seconds
+        self.curves, self.per_task, self.ends, self.steps = [], [], [], []
         self.samples, self.done = 0, 0  # examples that were trained on; stages that are over
         method.model = processes.model(method.model)
 
@@ -191,9 +192,11 @@ class Loop(Steps):
         except BaseException:
             self.method.abort_task()
             raise
+        before = self.watch.seconds.get("end_of_task", 0.0)
         with self.watch("end_of_task"): self.method.end_task(whole)
         agree(self.processes, self.method, stage.name)
         self.per_task.append(self.watch.seconds["train"] - stage.batches.before)
+        self.ends.append(self.watch.seconds["end_of_task"] - before)
 
     def _evaluate(self, tasks: list[int]) -> None:
         "One row of R: all tasks seen so far."
@@ -538,6 +541,8 @@ def _result(learner: Learner, config: dict, sha256: dict) -> Result:
     stream, method, watch = learner.stream, learner.method, learner.watch.seconds
     counts = {"n_params": sum(p.numel() for p in method.model.parameters()), "n_trained": sum(p.numel() for p in method.parameters())}
     phases = {p: watch.get(p, 0.0) for p in ("total", "train", "evaluate", "end_of_task")} | {"per_task": learner.per_task, "steps": learner.steps}
+    # not so after an older version's checkpoint
+    if len(learner.ends) == len(learner.per_task): phases |= {"end_per_task": learner.ends}
     if learner.keeper: phases |= {"checkpoint": watch.get("checkpoint", 0.0), "restarts": learner.keeper.restarts}
     if learner.world > 1: config = config | {"processes": learner.world}
     metrics_used = {"metrics": [getattr(t, "metric", "accuracy") for t in stream]}

@@ -146,8 +146,8 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     for kept, gone in merges: self.bank.merge(kept, gone)
     if self.bank.folder is not None and self.tree.budget is None:  # the rows are shared
         self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
-    self.last, now.signature = now, None
     self.stats.add(now.stats)
+    self.last, now.signature, now.stats, now.before = now, None, None, None
 
 
 @patch

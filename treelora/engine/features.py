@@ -77,3 +77,11 @@ def unpack(self: FeatureStats, groups: list, tensors: dict[str, torch.Tensor]) -
     "Be what `pack` described."
     self.counts = {tuple(group): n for group, n in groups}
     self.means, self.scatter = dict(zip(self.counts, tensors.get("means", ()))), tensors.get("scatter")
+
+# %% ../../nbs/engine/13_features.ipynb #4e13b3a6
+@patch
+@property
+def stored_bytes(self: FeatureStats) -> int:
+    "What means and scatter take, in bytes."
+    kept = [*self.means.values(), *(() if self.scatter is None else (self.scatter,))]
+    return sum(x.numel() * x.element_size() for x in kept)

@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 from ..bandit import SEARCHES
 from ..engine.files import replace_file
 from .tuning import tuned_rate
+from ..metrics import task_seconds, training_seconds
 from .language import agreement, saved_kinship
 from ..paper.figures import load_results, look, new_figure, style
 from ..learner import run, where
 from ..streams import get_stream
-from ..paper.tables import fits_data, noted, same_data
+from ..paper.tables import fits_data, noted, same_data, timed
 
 # %% ../../nbs/experiments/04_ablations.ipynb #3269dfe7
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _changed(stream: str, change: Change, seed: int, results: str | Path, progre
     "One run."
     tasks = get_stream(stream, "quick", **({"seed": seed} | change.stream))
     r = run(tasks, change.method, "quick", seed, progress=progress, **({"lr": tuned_rate(results, stream, "quick", change.rate_of or change.method)} | change.settings))
-    return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds, 3),
+    return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds_by_phase["train"], 3),
+            "end_of_task": round(r.seconds_by_phase["end_of_task"], 3),
             "data_seed": _data_seed(change, seed), "sha256": r.sha256}
 
 # %% ../../nbs/experiments/04_ablations.ipynb #b6f43909
@@ -121,8 +123,9 @@ def ablation_table(
     lines = [f"| {name} | score, % | BWT | training s |", "|---|---:|---:|---:|"]
     for (label, method), rows in found.items():
         what = f"{look(method)['label']}, {label}" if several else label
-        lines.append(f"| {what} | {_spread(rows, 'op')} | {_spread(rows, 'bwt')} | {np.mean([r['train'] for r in rows]):.1f} |")
-    return "\n".join([*lines, *(["", note] if (note := noted(results, stream)) else [])])
+        lines.append(f"| {what} | {_spread(rows, 'op')} | {_spread(rows, 'bwt')} | {np.mean([training_seconds(r) for r in rows]):.1f} |")
+    notes = noted(results, stream), timed([r for rows in found.values() for r in rows])
+    return "\n".join([*lines, *(["", note] if (note := " ".join(filter(None, notes))) else [])])
 
 
 def _spread(rows: list[dict], score: str) -> str:
@@ -160,13 +163,18 @@ def count_table(
     stream: str = "permuted-digits",
     counts: Sequence[int] = (2, 5, 10, 20, 50),  # numbers of tasks
 ) -> str:  # Markdown
-    """Score after so many tasks, and the training time of a task at the beginning and at the end.
+    """Score after so many tasks, the training time of a task at the beginning and at the end (of
+    its steps alone where a file holds no more), and of all tasks with their ends.
+
     Raises FileNotFoundError without results."""
-    lines = [f"| method | {' | '.join(f'{n} tasks' for n in counts)} | s, tasks 2 to 6 | s, last five |", f"|---|{'---:|' * (len(counts) + 2)}"]
+    lines = [f"| method | {' | '.join(f'{n} tasks' for n in counts)} | s, tasks 2 to 6 | s, last five | s, all steps | s, with tasks' ends |", f"|---|{'---:|' * (len(counts) + 4)}"]
     for method, runs in load_results(results, stream).items():
         scores = [_spread([{"op": r["scores"]["average_curve"][n - 1]} for r in runs], "op") for n in counts]
-        early, late = (np.mean([np.mean(r["seconds"]["per_task"][part]) for r in runs]) for part in (slice(1, 6), slice(-5, None)))
-        lines.append(f"| {look(method)['label']}, {len(runs)} seed{'s' * (len(runs) > 1)} | {' | '.join(scores)} | {early:.1f} | {late:.1f} |")
+        early, late = (np.mean([np.mean(task_seconds(r["seconds"])[part]) for r in runs])
+                       for part in (slice(1, 6), slice(-5, None)))
+        steps = np.mean([r["seconds"]["train"] for r in runs])
+        whole = np.mean([training_seconds(r["seconds"]) for r in runs])
+        lines.append(f"| {look(method)['label']}, {len(runs)} seed{'s' * (len(runs) > 1)} | {' | '.join(scores)} | {early:.1f} | {late:.1f} | {steps:.0f} | {whole:.0f} |")
     return "\n".join(lines)
 
 # %% ../../nbs/experiments/04_ablations.ipynb #0d5bfcfd

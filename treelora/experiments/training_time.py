@@ -19,12 +19,13 @@ from torch import nn
 
 from ..engine.files import replace_file
 from .tuning import tuned_rate
+from ..metrics import time_ratio, training_seconds
 from .language import fast_precision
 from ..paper.figures import look, new_figure, style
 from ..learner import compile_blocks, run, where
 from ..streams import get_stream
 from ..paper.statistics import spread
-from ..paper.tables import fits_data, noted, same_data
+from ..paper.tables import fits_data, noted, same_data, timed
 
 # %% ../../nbs/experiments/05_training_time.ipynb #eef139f5
 SAVINGS = {  # name -> settings of `treelora.learner.run`, for images and texts
@@ -81,7 +82,9 @@ def _measured(stream: str, kind: str, method: str, savings: Sequence[str], seed:
     "One run as a row."
     changes = {k: v for s in savings for k, v in SAVINGS[kind][s].items()}
     r = run(stream, method, "quick", seed, progress=progress, **{"lr": lr} | settings | changes)
-    return {"method": method, "savings": list(savings), "seed": seed, "op": r.op, "bwt": r.bwt, "train": r.seconds, "steps": r.seconds_by_phase["steps"], "device": r.where["device"], "sha256": r.sha256}
+    phases = {name: r.seconds_by_phase[name] for name in ("train", "end_of_task", "steps")}
+    return {"method": method, "savings": list(savings), "seed": seed, "op": r.op,
+            "bwt": r.bwt} | phases | {"device": r.where["device"], "sha256": r.sha256}
 
 # %% ../../nbs/experiments/05_training_time.ipynb #5752209d
 def time_rows(
@@ -99,13 +102,15 @@ def _time_row(groups: dict, key: Row, rivals: Sequence[Row]) -> dict:
     "A row of the table."
     own = groups[key]
     def column(name): return [r[name] for r in own.values()]
-    row = {"method": key[0], "savings": key[1], "seeds": len(own), "op": float(np.mean(column("op"))), "spread": spread(column("op")), "train": median(column("train")),
+    row = {"method": key[0], "savings": key[1], "seeds": len(own),
+           "op": float(np.mean(column("op"))), "spread": spread(column("op")),
+           "train": median(map(training_seconds, own.values())),
            "steps": float(np.mean([sum(s) for s in column("steps")]))}
     for rival in rivals:
         both = [(groups[rival][s], r) for s, r in own.items() if s in groups.get(rival, {})]
         if not both: continue
         differences = [b["op"] - a["op"] for a, b in both]
-        row[rival] = {"ratio": median(a["train"] / b["train"] for a, b in both), "as accurate": float(np.mean(differences)) >= -spread(differences)}
+        row[rival] = {"ratio": median(time_ratio(a, b) for a, b in both), "as accurate": float(np.mean(differences)) >= -spread(differences)}
     return row
 
 # %% ../../nbs/experiments/05_training_time.ipynb #8de3390f
@@ -134,7 +139,8 @@ def time_table(
     for r in rows:
         ratios = [f"{r[x]['ratio']:.2f}" + ("" if r[x]["as accurate"] else " (less accurate)") if x in r else "" for x in rivals]
         lines.append("| " + " | ".join([look(r["method"])["label"], ", ".join(r["savings"]) or "–", f"{100 * r['op']:.1f} ± {100 * r['spread']:.1f}", f"{r['steps']:.0f}", f"{r['train']:.1f}", *ratios]) + " |")
-    return "\n".join([*lines, *(["", note] if (note := noted(results, stream)) else [])])
+    notes = filter(None, (noted(results, stream), timed(found["rows"])))
+    return "\n".join([*lines, *(["", note] if (note := " ".join(notes)) else [])])
 
 # %% ../../nbs/experiments/05_training_time.ipynb #a1c81ec1
 def _called(method: str, savings: Sequence[str]) -> str:

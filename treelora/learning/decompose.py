@@ -134,5 +134,4 @@ class Decomposition:
     @property
     def stored_bytes(self) -> int:
         "What the statistics take, in bytes."
-        tensors = [x for s in (self.identity.stats, self.adapted) if s.scatter is not None for x in (s.scatter, *s.means.values())]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return self.identity.stats.stored_bytes + self.adapted.stored_bytes

@@ -97,7 +97,8 @@ def _add(digest, item) -> None:
                 torch.Tensor) else repr(part).encode())
 
 # %% ../../nbs/learning/13_keeper.ipynb #7751cc66
-_KEPT = ("done", "R", "curves", "per_task", "steps", "samples")  # attributes of a learner
+# attributes of a learner
+_KEPT = ("done", "R", "curves", "per_task", "ends", "steps", "samples")
 
 
 def _measured(learner) -> dict:
@@ -107,7 +108,8 @@ def _measured(learner) -> dict:
 
 def _take_up(learner, kept: dict) -> None:
     "Let a learner be as far as another one was."
-    for name in _KEPT:
+    # checkpoints of older versions do not have the seconds of the tasks' ends
+    for name in [name for name in _KEPT if name in kept]:
         if name == "R": learner.R[:] = kept["R"]
         else: setattr(learner, name, kept[name])
 

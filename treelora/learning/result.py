@@ -134,8 +134,8 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        "Training time, without evaluation."
-        return self.seconds_by_phase["train"]
+        "Training time, with what is done at the tasks' ends, without evaluation."
+        return metrics.training_seconds(self.seconds_by_phase)
 
     def as_dict(self) -> dict:
         "The result as JSON holds it."

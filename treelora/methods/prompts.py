@@ -21,7 +21,8 @@ from ..engine.prefix import as_read, attention_layers, check_length, text_prefix
 from ..learning.decompose import (Decomposition, masked_cross_entropy, masked_logits,
                                          retrain_head)
 from ..learning.language import IGNORED, answer_loss, answer_nll, generate
-from .base import Adaptive, VisionMethod, register, tensor_bytes
+from .base import (PER_CLASS, Adaptive, VisionMethod, check_drawn, classes_of,
+                                   drawn, register, tensor_bytes)
 from .language import LanguageMethod
 from ..learning.models import features
 
@@ -472,14 +473,17 @@ class TaskPrefixes(VisionPrompts):
         lean: float = 0.01,  # alpha, HiDe-Prompt
         reg: float = 0.1,  # weight of the contrastive term, HiDe-Prompt's code
         temperature: float = 0.8,  # of the contrastive term
+        per_class: int | None = PER_CLASS,  # examples of each class for its moments; None: all
     ):
         if not (reg >= 0 and temperature > 0):
             raise ValueError(f"The weight reg={reg} of the contrastive term must not be "
                              f"negative, and temperature={temperature} must be above 0.")
         super().__init__(model, classes, seed)
         _check_layers(layers, len(model.blocks))
+        check_drawn("per_class", per_class)
+        self.per_class = per_class
         self.options = {"layers": list(layers), "length": length, "lean": lean, "reg": reg,
-                        "temperature": temperature}
+                        "temperature": temperature, "per_class": per_class}
         self.attach(EnsemblePrefixes(layers,
                                      noise(len(classes), len(layers), 2, length,
                                            model.embed_dim, seed=seed), lean))
@@ -527,7 +531,8 @@ class HiDePrompt(TaskPrefixes):
         return self.options["reg"] * contrast(seen, centres, self.options["temperature"])
 
     def end_task(self, batches):
-        for images, labels in batches:
+        seed = self.seed * 1000 + self.task
+        for images, labels in drawn(batches, self.per_class, seed, classes_of):
             with torch.no_grad(), self.under(images, self.task):
                 adapted = features(self.model, images)
             self.parts.observe(self.task, self.query(images), adapted, labels)

@@ -125,8 +125,3 @@ class EWCAdaptive(EWC):
     moments."""
     name, paper = "ewc-tap", "Kirkpatrick et al., PNAS 2017, with task-adaptive prediction"
     stores, tap = "Fisher information, weights, class moments", True
-
-    @torch.no_grad()
-    def _observe(self, batches):
-        for images, labels in batches:
-            self.parts.adapted.update(features(self.model, images), labels.tolist())

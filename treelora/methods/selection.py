@@ -22,8 +22,9 @@ from ..learning.decompose import fit_head, masked_cross_entropy
 from ..learning.models import features
 from ..learning.language import IGNORED, answer_nll, generate, prompt_features
 from ..lora import Pair, row_adapters
-from .base import AdapterMethod, Method, register, tensor_bytes
-from .language import LanguageAdapterMethod, Memo
+from .base import (PER_CLASS, AdapterMethod, Method, check_drawn, drawn, register,
+                                   tensor_bytes)
+from .language import PER_TASK, LanguageAdapterMethod, Memo
 from .prompts import contrast
 from ..patch import patch
 from ..signature import Layout, Rows
@@ -36,14 +37,16 @@ class HiDeLoRAText(LanguageAdapterMethod):
     name, paper, year = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023
     stores = "adapters, feature moments"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, per_task: int | None = PER_TASK, **kwargs):
         super().__init__(*args, **kwargs)
         self.bank: list[torch.Tensor] = []  # (L, D) adapters, in the order of the tasks
-        self.stats, self.memo = FeatureStats(), Memo()
+        self.stats, self.memo, self.per_task = FeatureStats(), Memo(), per_task
+        check_drawn("per_task", per_task)
+        self.options |= {"per_task": per_task}
 
     def end_task(self, batches):
         self.model.eval()
-        for batch in batches:
+        for batch in drawn(batches, self.per_task, self.seed * 1000 + self.task):
             tasks = [len(self.bank)] * len(batch["labels"])
             self.stats.update(prompt_features(self.model, batch), tasks)
         self.bank.append(self._adapter())
@@ -78,8 +81,8 @@ class HiDeLoRAText(LanguageAdapterMethod):
             return generate(self.model, self.collate, prompts, max_answer)
 
     def stored(self):
-        moments = [*self.stats.means.values(), self.stats.scatter] if self.bank else []
-        return {"adapters": tensor_bytes(self.bank), "feature moments": tensor_bytes(moments)}
+        return {"adapters": tensor_bytes(self.bank),
+                "feature moments": self.stats.stored_bytes}
 
 # %% ../../nbs/methods/09_selection.ipynb #0492a9c2
 def rows_apart(
@@ -225,11 +228,13 @@ class HiDeLoRAPET(AdapterMethod):
         momentum: float = 0.1,  # share of earlier adapters in a new one
         statistics: str = "centroids",  # or "covariance"
         centroids: int = 10,  # per class
+        per_class: int | None = PER_CLASS,  # examples of each class for what is kept; None: all
     ):
         if not (reg >= 0 and 0 <= momentum < 1):
             raise ValueError(f"reg={reg} must not be negative, and momentum={momentum} must "
                              "lie in [0, 1).")
-        super().__init__(model, classes, seed, r=r, blocks=blocks, place=place)
+        super().__init__(model, classes, seed, r=r, blocks=blocks, place=place,
+                         per_class=per_class)
         self.reg, self.momentum = reg, momentum
         self.known = ClassCentres(statistics, centroids, seed)
         self.options |= {"reg": reg, "momentum": momentum, "statistics": statistics,
@@ -250,7 +255,7 @@ def end_task(self: HiDeLoRAPET, batches) -> None:
     "Lean, keep the adapter, take down classes and task, train the head again."
     self._lean()
     self._keep_adapter()
-    self._observe(batches)
+    self._observe(self._drawn(batches))
     x, y = self.known.draw(seed=self.seed + self.task)
     fit_head(self.model.head, x, y, list(self.known.centres))
 

@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..lora import LoRALinear
-from .base import AdapterMethod, register, tensor_bytes
+from .base import PER_CLASS, AdapterMethod, register, tensor_bytes
 from .language import LanguageAdapterMethod
-from ..learning.models import features
 
 # %% ../../nbs/methods/08_subspaces.ipynb #91ea7c67
 class Frozen:
@@ -265,11 +264,12 @@ class Designed(AdapterMethod):
         blocks: int = 5,
         place: str = "first",
         epsilon: float = 0.95,  # share of the first task's inputs that must not be touched
+        per_class: int | None = PER_CLASS,  # examples of each class that are looked at
     ):
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon={epsilon} is a share of the inputs and must lie "
                              "between 0 and 1.")
-        super().__init__(model, classes, seed, r, blocks, place)
+        super().__init__(model, classes, seed, r, blocks, place, per_class=per_class)
         self.epsilon, self.options = epsilon, self.options | {"epsilon": epsilon}
         self.layers = [self.model.get_submodule(name) for name in self.layout.names]
         for name, layer in zip(self.layout.names, self.layers):
@@ -279,9 +279,9 @@ class Designed(AdapterMethod):
 
     @torch.no_grad()
     def _moments(self, batches) -> list[torch.Tensor]:
-        "Of all layers' inputs, over a task's batches."
+        "Of all layers' inputs, over some examples of each class of a task."
         with input_moments(self.layers) as moments:
-            for images, _ in batches: self.model(images)
+            for images, _ in self._drawn(batches): self.model(images)
         return moments
 
 # %% ../../nbs/methods/08_subspaces.ipynb #03f9abad
@@ -314,11 +314,6 @@ class Aligned:
     """Classifier alignment: after each task the head is retrained on features sampled from
     all classes' moments."""
     tap = True
-
-    @torch.no_grad()
-    def _observe(self, batches):
-        for images, labels in batches:
-            self.parts.adapted.update(features(self.model, images), labels.tolist())
 
 
 @register

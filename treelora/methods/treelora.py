@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ..algorithm import VARIANTS, TreeLoRA
-from .base import AdapterMethod, n_processes, register, tensor_bytes
+from .base import PER_CLASS, AdapterMethod, n_processes, register, tensor_bytes
 from ..learning.models import features
 from ..patch import patch
 
@@ -109,9 +109,11 @@ class WithTree(TrainsWithTree):
         except InterruptedError: pass
 
     def stored(self):
-        bank = self.tl.bank
+        bank, features = self.tl.bank, self.tl.stats.stored_bytes
         return super().stored() | {"adapters": tensor_bytes([bank.adapters]),
-                                   "signatures": tensor_bytes([bank.signatures])}
+                                   "signatures": tensor_bytes([bank.signatures]),
+                                   "tree": _tree_bytes(self.tl),
+                                   **({"feature statistics": features} if features else {})}
 
     def trees(self): return self.grown
 
@@ -129,17 +131,27 @@ class WithTree(TrainsWithTree):
         counts = [(picks == k).sum(0) for k in range(len(self.tl.bank) - 1)]
         return {"picks_of_last_task": torch.stack(counts, dim=1).tolist()}
 
+# %% ../../nbs/methods/03_treelora.ipynb #03cb3397
+def _tree_bytes(tl: TreeLoRA) -> int:
+    "What a tree keeps besides the bank, in bytes."
+    tree, nodes = tl.tree, tl.tree.root.walk() if tl.tree.root else ()
+    shared = tl.bank.folder is not None and tree.budget is None
+    rows = [] if shared else [row for key in tree.keys for row in tree.signature(key)]
+    cuts = [x for node in nodes if node.cut for x in (node.cut.center, node.cut.direction)]
+    return tensor_bytes(x for x in rows + cuts if x is not None)
+
 # %% ../../nbs/methods/03_treelora.ipynb #41977585
 @register
 class TreeLoRAPlain(WithTree, AdapterMethod):
     "Algorithm 1 on a shared head, without HiDe's decomposition."
     name, paper = "treelora-plain", "Qian et al., ICML 2025, without decomposition"
-    year, stores = 2025, "adapters, signatures"
+    year, stores = 2025, "adapters, signatures, tree"
     # App. A.3: depth 5 for ViT
     settings = VARIANTS["paper"] | {"depth": 5, "lam": 1.0, "relative": True}
 
-    def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first", **changes):
-        super().__init__(model, classes, seed, r, blocks, place)
+    def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first",
+                 per_class=PER_CLASS, **changes):
+        super().__init__(model, classes, seed, r, blocks, place, per_class=per_class)
         self.plant(changes)
 
     def _keep_adapter(self): pass  # the bank of TreeLoRA has it
@@ -151,7 +163,7 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
 class TreeLoRAPaper(TreeLoRAPlain):
     "Algorithm 1 on HiDe's decomposition, as in the paper; the latest adapter predicts."
     name, paper = "treelora", "Qian et al., ICML 2025"
-    stores = "adapters, signatures, class moments"
+    stores = "adapters, signatures, tree, class moments"
     wtp = tap = True
 
 
@@ -188,7 +200,8 @@ def prototype_loss(
 @register
 class TreeLoRABranch(TreeLoRAIdentity):
     "This project's form: start from the branch, stay near it, route by plain features."
-    name, paper, stores = "treelora-branch", "this project", TreeLoRAPaper.stores
+    name, paper = "treelora-branch", "this project"
+    stores = "adapters, signatures, tree, class moments, feature statistics"
     settings = VARIANTS["branch"] | {"depth": 5}
 
     @torch.no_grad()
@@ -197,7 +210,10 @@ class TreeLoRABranch(TreeLoRAIdentity):
         return prototype_loss(features(self.model, images), labels)
 
     def end_task(self, batches):
-        for images, labels in batches: self.tl.record_features(self._plain(images), labels)
+        for images, labels in self._drawn(batches):
+            self.tl.record_features(self._plain(images), labels)
         super().end_task(batches)
+
+    def _note_plain(self, images, labels): pass  # the tree's statistics have them
 
     def _route(self, images): return self.tl.route(self._plain(images))

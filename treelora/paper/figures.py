@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from ..metrics import training_seconds, training_speed
 from .statistics import over_seeds
 from .tables import noted, parts_table, read_results, table
 
@@ -181,7 +182,7 @@ def _limits(found: dict) -> tuple[float, float]:
 # %% ../../nbs/paper/03_figures.ipynb #23e4984e
 def _training_time(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     for i, m in enumerate(shown):
-        mean, std = over_seeds([r["seconds"]["train"] for r in found[m]])
+        mean, std = over_seeds([training_seconds(r["seconds"]) for r in found[m]])
         ax.barh(i, mean, xerr=std, color=look(m)["color"], height=0.62, error_kw={"lw": 1})
     ax.set(xlabel="training time, s")
     ax.set_yticks(range(len(shown)), [look(m)["label"] for m in shown], fontsize=7)
@@ -191,10 +192,10 @@ def _training_time(ax: Axes, found: dict, shown: Sequence[str]) -> None:
 
 def _speed(ax: Axes, found: dict, shown: Sequence[str]) -> None:
     for m in shown:
-        x, dx = over_seeds([r["samples_per_second"] for r in found[m]])
+        x, dx = over_seeds([training_speed(r) for r in found[m]])
         y, dy = over_seeds([100 * r["scores"]["op"] for r in found[m]])
         ax.errorbar(x, y, xerr=dx, yerr=dy, color=look(m)["color"], marker=look(m)["marker"] or "o", lw=1, ls="none")
-    ax.set(xlabel="samples a second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
+    ax.set(xlabel="samples per second", ylabel=f"final {score_name(found)}", ylim=_limits(found))
 
 # %% ../../nbs/paper/03_figures.ipynb #fig00017
 def draw_groups(ax: Axes, levels: list[list[list[str]]], short: Callable[[str], str]) -> dict[str, tuple[float, float]]:  # task -> where its leaf is

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..metrics import op
+from ..metrics import op, time_ratio
 from .statistics import ENOUGH, Difference, mean, paired, scores
-from .tables import NAMES, ROWS, same_data
+from .tables import NAMES, ROWS, same_data, timed
 
 # %% ../../nbs/paper/06_report.ipynb #rep0021
 class Missing(FileNotFoundError):
@@ -255,8 +255,13 @@ def _speedups(rows: list[dict], form: str, rival: str) -> list[tuple[tuple[str, 
         both = [s for s in own if s in base]
         if method != form or not both: continue
         d = paired({s: 100 * own[s]["op"] for s in both}, {s: 100 * base[s]["op"] for s in both})
-        found.append((savings, float(np.median([base[s]["train"] / own[s]["train"] for s in both])), d.at_least, d.n))
+        found.append((savings, float(np.median([time_ratio(base[s], own[s]) for s in both])), d.at_least, d.n))
     return found
+
+
+def _steps_alone(rows: Sequence[dict]) -> str:
+    "What a finding adds when its times leave out the tasks' ends."
+    return ", times of the steps alone" if timed(rows) else ""
 
 
 def _faster(evidence: Evidence, stream: str, rival: str, factor: float, forms: Sequence[str] = ("treelora", "treelora-branch")) -> Finding:
@@ -271,7 +276,7 @@ def _faster(evidence: Evidence, stream: str, rival: str, factor: float, forms: S
     if best: words.append(f"best as accurate: {best[0]:.1f}x, {_name(best[1])} ({', '.join(best[2]) or 'no savings'})")
     plain = any(ratio >= factor and accurate and not savings for found in every.values() for savings, ratio, accurate, _ in found)
     verdict = HOLDS if plain else PARTLY if best and best[0] >= factor else FAILS
-    return Finding(verdict, f"time of {_name(rival)} over its own: " + "; ".join(words), f"{stream}, {_seeds(ENOUGH)}, {_device(table)}{_before(table['rows'])}")
+    return Finding(verdict, f"time of {_name(rival)} over its own: " + "; ".join(words), f"{stream}, {_seeds(ENOUGH)}, {_device(table)}{_before(table['rows'])}{_steps_alone(table['rows'])}")
 
 # %% ../../nbs/paper/06_report.ipynb #e161dd92
 def c2(evidence: Evidence) -> Finding:
