@@ -9,7 +9,6 @@ __all__ = ['draw_answers', 'fisher', 'Springs', 'WithSprings', 'EWC', 'EWCText',
 import torch
 
 from ..learning.language import IGNORED
-from ..learning.models import features
 from .base import AdapterMethod, register, tensor_bytes
 from .language import LanguageAdapterMethod
 from .replay import GroupGradients, ImageGradients, TextGradients, at_least, flat, negative_log_likelihood, write_
