@@ -28,7 +28,7 @@ APART = {
     "WithDirections": {"before"}, "Measured": {"before", "importance"}, "SAPT": {"start"},  # of the running step or task
     "Blocks": {"earlier"},  # blocks of the bank once more, on the device, for the running task
     "FIX": {"cut"},  # a tokenizer
-    "Store": {"layout", "model"}, "Router": {"model"}}
+    "Store": {"layout", "model"}, "Router": {"model", "_ready"}}  # and what it computes again from the statistics
 
 
 def tensors_of(x, found, met):
@@ -53,6 +53,7 @@ def parts_of(x):
 def kept_bytes(method):
     "Bytes of all tensors that a method reaches, without the model's, but for what it has put there to keep."
     inside = list(method.prompts.parameters()) if hasattr(method, "prompts") else []
+    if method.name == "osf": inside = [b for n, b in method.model.named_buffers() if "_osf_" in n]  # directions that no task may change
     if method.name == "tasl": inside = method.layout.params  # its one adapter mixes all tasks, and is the model's
     mine = {id(p) for p in inside}
     own = {p.untyped_storage().data_ptr() for p in method.model.parameters() if id(p) not in mine}
