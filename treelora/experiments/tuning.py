@@ -184,7 +184,7 @@ def tried(
 
 def _mean(values: Sequence[float]) -> float: return sum(values) / len(values)
 
-# %% ../../nbs/experiments/08_tuning.ipynb #8f4d61d0
+# %% ../../nbs/experiments/08_tuning.ipynb #e1e24284
 def tried_table(
     results: str | Path,
     stream: str,
@@ -195,8 +195,9 @@ def tried_table(
     found = {m: row for m, row in tried(results, stream, folder).items()
              if methods is None or m in methods}
     grid = sorted({v for row in found.values() for v in row})
-    rate = lambda m: tuned(results, stream, folder, m).get("lr")
-    cell = lambda m, v: f"**{100 * found[m][v]:.1f}**" if v == rate(m) else f"{100 * found[m][v]:.1f}"
+    best = {m: tuned(results, stream, folder, m).get("lr") for m in found}
+    bold = lambda m, v: "**" if v == best[m] else ""
+    cell = lambda m, v: f"{bold(m, v)}{100 * found[m][v]:.1f}{bold(m, v)}"
     rows = [[m, *(cell(m, v) if v in row else "–" for v in grid)] for m, row in found.items()]
     head = [stream, *(f"{v:g}" for v in grid)]
     rule = ["---", *["---:"] * len(grid)]
