@@ -15,13 +15,13 @@ from pathlib import Path
 # %% ../../nbs/experiments/10_campaigns.ipynb #71c55838
 import torch
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #12c9942d
+# %% ../../nbs/experiments/10_campaigns.ipynb #a13ad062
 from ..engine.files import replace_file
 from .plan import (Campaign, Planned, arguments, data_hash, fresh, is_done,
                                        method_of, result_file)
 from .tuning import (Grid, add_trial, choose, next_trials, read_tuning, tuned,
                                          tuning_file)
-from ..learner import run
+from ..learner import run, settings
 from ..learning.result import one_thread, where
 from ..learning.text import TextSet
 from ..patch import patch
@@ -51,7 +51,7 @@ def work_folder(campaign: Campaign) -> Path:
     "Where a campaign keeps what is not a result: its progress, trials, checkpoints and logs."
     return campaign.results / "campaigns" / campaign.name
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #a11bb2a7
+# %% ../../nbs/experiments/10_campaigns.ipynb #82082a44
 def jobs(
     campaign: Campaign,
 ) -> tuple[list[Job], list[Planned]]:  # that can start, and that wait for a grid
@@ -70,8 +70,8 @@ def jobs(
 
 def _untuned(p: Planned, campaign: Campaign) -> str:
     "What is said of a run whose numbers nobody has chosen."
-    return (f"Nothing was tuned for {p.method} on {p.tuned_on} in {campaign.results}; give it a "
-            "[[tune]] block, or a number as lr.")
+    return (f"Nothing was tuned for {p.method} on {p.tuned_on} in {campaign.results}; give it "
+            "a [[tune]] block, or a number as lr.")
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #57991abb
 def _all_trials(campaign: Campaign) -> tuple[list[Job], set[tuple]]:
@@ -180,18 +180,17 @@ def _whole(full: Stream, few: Stream, job: Job, result) -> float:
     ends = spent["end_of_task"] * _count(full, "train") / _count(few, "train")
     return train + ends + spent["evaluate"] * _answers(full) / _answers(few)
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #3c0963bf
+# %% ../../nbs/experiments/10_campaigns.ipynb #43c07384
 def scale_epochs(scale: str, kind: str) -> int:
     "The epochs of a scale."
-    from treelora.learner import settings
     return settings(scale, kind)["epochs"]
 
-
+# %% ../../nbs/experiments/10_campaigns.ipynb #0c175e8f
 def _count(stream: Stream, split: str) -> int:
     "Examples of all tasks."
     return sum(len(getattr(t, split)) for t in stream)
 
-
+# %% ../../nbs/experiments/10_campaigns.ipynb #8211ae04
 def _answers(stream: Stream) -> int:
     "Answers in a whole run: after each task, all test inputs so far."
     return sum(len(t.test) * (len(stream) - i) for i, t in enumerate(stream))
@@ -338,14 +337,14 @@ def _known(progress: Path) -> dict[str, list[float]]:
     here = where(torch.device("cpu"))["device"]
     return found.get("seconds", {}) if found.get("device") == here else {}
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #3ffc2446
+# %% ../../nbs/experiments/10_campaigns.ipynb #581b38eb
 @patch
 def drive(
     self: Driver,
     probing: bool = True,  # whether to probe and say how long it will take, before it starts
 ) -> dict[str, str]:  # the jobs that failed, and why
-    """Everything that is left, or as much as the hours allow. A run that fails is named; others
-    go on."""
+    """Everything that is left, or as much as the hours allow. A run that fails is named; the
+    others go on."""
     if probing: self.plan()
     step = self._alone if self.campaign.side_by_side == 0 else self._beside
     try:

@@ -86,13 +86,13 @@ class Campaign:
     log: str | None = None  # live metrics: "tensorboard", "trackio" or "wandb"
     since: float | None = None  # files that are older (seconds since 1970) do not count
 
-# %% ../../nbs/experiments/09_plan.ipynb #ae5553d9
+# %% ../../nbs/experiments/09_plan.ipynb #3082438d
 def read_campaign(
     path: str | Path,  # a TOML file
     **changes,  # that replace what stands on top of it, such as hours=2
 ) -> Campaign:
-    """Read and check a campaign. Raises FileNotFoundError without the file, ValueError for what
-    is unknown in it or cannot be."""
+    """Read and check a campaign. Raises FileNotFoundError without the file, ValueError for
+    what is unknown in it or cannot be."""
     path, changes = Path(path), {k: v for k, v in changes.items() if v is not None}
     if not path.is_file(): raise FileNotFoundError(f"There is no campaign {path}.")
     try: raw = tomllib.loads(path.read_text(encoding="utf-8")) | changes
@@ -206,14 +206,13 @@ def _planned(block: dict, common: dict, where: str) -> Iterator[Planned]:
                           block["options"], block["value"] / (1 + i), source,
                           block.get("watch", False))
 
-# %% ../../nbs/experiments/09_plan.ipynb #87606df9
+# %% ../../nbs/experiments/09_plan.ipynb #4696f90e
 def _grid(block: dict, common: dict, where: str) -> Grid:
     "The grid of one block. Raises ValueError for one that leaves no choice."
     block = _checked(block, TUNE, common, where)
     if len(grid := block.get("grid", {})) != 1:
         raise ValueError(f"{where}: grid = {grid} must name one number and its values, such as "
-                         "grid = {{ lr = [0.001, 0.002] }}; a second one gets a block of its own."
-                         .replace("{{", "{").replace("}}", "}"))
+                         "grid = { lr = [0.001, 0.002] }; a second one gets a block of its own.")
     (knob, values), = grid.items()
     if not isinstance(values, list) or len(set(values)) < 2:
         raise ValueError(f"{where}: a grid of one is no choice; give {knob} two values or more.")
@@ -274,7 +273,7 @@ def fresh(path: Path, campaign: Campaign) -> bool:
     "Whether a file is there, and not older than the campaign admits."
     return path.exists() and path.stat().st_mtime >= (campaign.since or 0.0)
 
-# %% ../../nbs/experiments/09_plan.ipynb #613a03d1
+# %% ../../nbs/experiments/09_plan.ipynb #ebee8c8a
 def is_done(
     planned: Planned,
     campaign: Campaign,
@@ -287,8 +286,8 @@ def is_done(
     given, options = arguments(planned, tuned)
     data = data_hash(planned.stream, planned.scale, planned.seed, campaign.root)
     if other := differs(json.loads(path.read_text()), given, options, data):
-        raise ValueError(f"{path} is there, but differs in {', '.join(other)}; give these runs "
-                         "a folder of their own, or move the file away.")
+        raise ValueError(f"{path} is there, but differs in {', '.join(other)}; give these "
+                         "runs a folder of their own, or move the file away.")
     return True
 
 # %% ../../nbs/experiments/09_plan.ipynb #488df4b1

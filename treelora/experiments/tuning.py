@@ -162,7 +162,7 @@ def tuned_rate(
     "The learning rate that was chosen."
     return tuned(results, stream, scale, method).get("lr")
 
-# %% ../../nbs/experiments/08_tuning.ipynb #7a56e21b
+# %% ../../nbs/experiments/08_tuning.ipynb #48bb43a5
 def tried(
     results: str | Path,
     stream: str,
@@ -176,13 +176,10 @@ def tried(
     for method, rows in found["rows"].items():
         # the number that was varied last stands last
         own = [r for r in rows if list(r["settings"])[-1] == knob]
-        values = sorted({r["settings"][knob] for r in own})
-        if values: scores[method] = {v: _mean([r["op"] for r in own if r["settings"][knob] == v])
-                                     for v in values}
+        by_value: dict[float, list[float]] = {}
+        for r in own: by_value.setdefault(r["settings"][knob], []).append(r["op"])
+        if own: scores[method] = {v: sum(x) / len(x) for v, x in sorted(by_value.items())}
     return scores
-
-
-def _mean(values: Sequence[float]) -> float: return sum(values) / len(values)
 
 # %% ../../nbs/experiments/08_tuning.ipynb #e1e24284
 def tried_table(

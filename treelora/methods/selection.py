@@ -228,7 +228,7 @@ class HiDeLoRAPET(AdapterMethod):
         momentum: float = 0.1,  # share of earlier adapters in a new one
         statistics: str = "centroids",  # or "covariance"
         centroids: int = 10,  # per class
-        per_class: int | None = PER_CLASS,  # examples of each class for what is kept; None: all
+        per_class: int | None = PER_CLASS,  # examples of a class for what is kept; None: all
     ):
         if not (reg >= 0 and 0 <= momentum < 1):
             raise ValueError(f"reg={reg} must not be negative, and momentum={momentum} must "
