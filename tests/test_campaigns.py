@@ -1,6 +1,7 @@
 "Campaigns: a file is checked in one sentence, what is there stays, grids grow and are settled first, and a kill loses nothing."
 import json, os, signal, subprocess, sys, time
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ MISTAKES = {
     "a rate": (RUNS.replace("lr = 0.01", 'lr = "best"'), 'must be a number or "tuned"'), "seeds": ("seeds = []\n" + RUNS, "must be a list of whole numbers"),
     "twice": ("seeds = [1, 1]\n" + RUNS, "a seed twice"), "one file": (RUNS + RUNS.replace("0.01", "0.02"), "two different runs would write"),
     "value": (RUNS + "value = 0", "must be positive"), "many": ("side_by_side = 99\n" + RUNS, "between 0 and 8"), "hours": ("hours = 0\n" + RUNS, "must be positive"),
-    "log": ('log = "paper"\n' + RUNS, "is unknown"), "a grid of one": (TUNED.replace("[0.01, 0.02]", "[0.01]"), "a grid of one is no choice"),
+    "since": ("since = 3\n" + RUNS, "must be a day, such as 2026-12-31"), "log": ('log = "paper"\n' + RUNS, "is unknown"), "a grid of one": (TUNED.replace("[0.01, 0.02]", "[0.01]"), "a grid of one is no choice"),
     "two grids": (TUNED.replace("{ lr = [0.01, 0.02] }", "{ lr = [1, 2], lam = [1, 2] }"), "must name one number"),
     "tuned_on": (RUNS + 'tuned_on = "split-digits"', 'wants lr = "tuned"'),
 }
@@ -153,7 +154,15 @@ def test_what_is_there_of_other_settings_or_data_is_named(campaign_of):
     saved["sha256"]["data"] = "0" * 64
     path.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="differs in data"): jobs(campaign)
-    assert len(jobs(replace(campaign, since=time.time() + 5))[0]) == 1  # all anew
+    tomorrow = datetime.now(timezone.utc) + timedelta(days=1)
+    assert len(jobs(replace(campaign, since=tomorrow))[0]) == 1  # all anew
+
+
+def test_a_day_from_which_results_count(campaign_of):
+    campaign = campaign_of("since = 2030-01-02\nseeds = [0]\n" + RUNS)
+    assert campaign.since == datetime(2030, 1, 2, tzinfo=timezone.utc)
+    Driver(replace(campaign, since=None)).drive(probing=False)
+    assert jobs(replace(campaign, since=None)) == ([], []) and len(jobs(campaign)[0]) == 1
 
 
 def test_a_run_without_tuning_says_so(campaign_of):

@@ -15,10 +15,10 @@ from pathlib import Path
 # %% ../../nbs/experiments/10_campaigns.ipynb #71c55838
 import torch
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #a13ad062
+# %% ../../nbs/experiments/10_campaigns.ipynb #87227132
 from ..engine.files import replace_file
 from .plan import (Campaign, Planned, arguments, data_hash, fresh, is_done,
-                                       method_of, result_file)
+                                       method_of, recent, result_file)
 from .tuning import (Grid, add_trial, choose, next_trials, read_tuning, tuned,
                                          tuning_file)
 from ..learner import run, settings
@@ -99,11 +99,11 @@ def _trials(campaign: Campaign, stream: str, folder: str, method: str) -> list[J
         if not (ended := [job for job in made if fresh(job.path, campaign)]): return made
         for job in ended: _take(job, path)
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #8de984ad
+# %% ../../nbs/experiments/10_campaigns.ipynb #2be318c6
 def _valid(row: dict, campaign: Campaign, grid: Grid) -> bool:
     "Whether a trial is of the data that the stream has today, and not too old."
     data = data_hash(grid.stream, grid.scale, row["seed"], campaign.root)
-    return row.get("data") == data and row.get("made", 0.0) >= (campaign.since or 0.0)
+    return row.get("data") == data and recent(row.get("date"), campaign)
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #a592d033
 def _trial(campaign: Campaign, grid: Grid, settings: dict, seed: int, method: str) -> Job:
@@ -113,14 +113,14 @@ def _trial(campaign: Campaign, grid: Grid, settings: dict, seed: int, method: st
     job = Job(p, Path(), *arguments(p, settings), grid.value, settings)
     return replace(job, path=work_folder(campaign) / "trials" / f"{job.name}.json")
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #b62cb51e
+# %% ../../nbs/experiments/10_campaigns.ipynb #6f185b9a
 def _take(job: Job, path: Path) -> None:
     "Write the result of a trial into the tuning file, and remove it."
     saved = json.loads(job.path.read_text())
     row = {"settings": job.trial, "seed": job.planned.seed, "op": saved["scores"]["op"],
            "bwt": saved["scores"].get("bwt"), "seconds": saved["seconds"]["total"],
            "data": saved["sha256"]["data"], "commit": saved["commit"],
-           "made": round(job.path.stat().st_mtime, 1)}
+           "date": saved["date"]}
     add_trial(path, job.planned.method, row)
     job.path.unlink()
 

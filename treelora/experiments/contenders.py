@@ -6,9 +6,9 @@
 __all__ = ['CONTENDERS', 'SHORT_FOLDER', 'SHORT_METHODS', 'GRID', 'TUNING_SEEDS', 'contend', 'places', 'contest_picture']
 
 # %% ../../nbs/experiments/03_contenders.ipynb #9608f039
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +58,9 @@ def contend(
     paths = [result_file(p, results) for p in campaign.runs]
     check_data(results, stream, scale, paths, seeds, missing_only, root)
     if rates is not None: _check_rates(results, rates, budgets)
+    now = datetime.now(timezone.utc).replace(microsecond=0)  # as exact as a result's date
     campaign = replace(campaign, results=Path(results), root=root,
-                       since=None if missing_only else time.time())
+                       since=None if missing_only else now)
     if missing_only: campaign = replace(campaign, grids=_needed(campaign))
     failed = Driver(campaign, progress=progress).drive(probing=False)
     if failed: raise ValueError("; ".join(f"{name}: {why}" for name, why in failed.items()))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOP', 'WHAT', 'HOW', 'RUNS', 'TUNE', 'LOGS', 'Planned', 'result_file', 'Campaign', 'read_campaign', 'arguments',
-           'method_of', 'differs', 'data_hash', 'fresh', 'is_done', 'state_of']
+           'method_of', 'differs', 'data_hash', 'fresh', 'recent', 'is_done', 'state_of']
 
-# %% ../../nbs/experiments/09_plan.ipynb #fa51f587
+# %% ../../nbs/experiments/09_plan.ipynb #5f60cac4
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date, datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from ..learner import check_settings, settings
 from ..methods import get_method
 from ..streams import get_stream
 
-# %% ../../nbs/experiments/09_plan.ipynb #26ad4b13
+# %% ../../nbs/experiments/09_plan.ipynb #3b44d052
 TOP = {"seeds": list, "tuning_seeds": list, "side_by_side": int, "hours": (int, float),
-       "results": str, "root": str, "device": str, "log": str}
+       "results": str, "root": str, "device": str, "log": str, "since": date}
 
 # %% ../../nbs/experiments/09_plan.ipynb #66e71230
 WHAT = {"stream": str, "methods": list, "scale": str, "folder": str, "seeds": list,
@@ -71,7 +72,7 @@ def result_file(
     folder = Path(results) / planned.stream / planned.folder
     return folder / f"{planned.method}-seed{planned.seed}.json"
 
-# %% ../../nbs/experiments/09_plan.ipynb #a61d516d
+# %% ../../nbs/experiments/09_plan.ipynb #15be4017
 @dataclass(frozen=True)
 class Campaign:
     "What a file asks for."
@@ -84,7 +85,7 @@ class Campaign:
     hours: float | None = None  # begin nothing that would end later
     device: str | None = None  # "cpu" or "cuda"; None: the GPU if there is one
     log: str | None = None  # live metrics: "tensorboard", "trackio" or "wandb"
-    since: float | None = None  # files that are older (seconds since 1970) do not count
+    since: datetime | None = None  # results that are older do not count
 
 # %% ../../nbs/experiments/09_plan.ipynb #3082438d
 def read_campaign(
@@ -110,7 +111,7 @@ def _blocks(found, name: str, path: Path) -> list[dict]:
     if isinstance(found, list) and all(isinstance(b, dict) for b in found): return found
     raise ValueError(f"{path}: write [[{name}]], with two brackets, above each block.")
 
-# %% ../../nbs/experiments/09_plan.ipynb #d0e62070
+# %% ../../nbs/experiments/09_plan.ipynb #56c3b84f
 def _campaign(path: Path, top: dict, blocks: dict[str, list[dict]]) -> Campaign:
     "A campaign from what a file holds."
     _check_keys(top, TOP, str(path))
@@ -123,10 +124,12 @@ def _campaign(path: Path, top: dict, blocks: dict[str, list[dict]]) -> Campaign:
              for i, block in enumerate(blocks["tune"], 1)]
     _check_apart(runs, path)
     where = {k: top[k] for k in ("root", "side_by_side", "hours", "device", "log") if k in top}
+    if day := top.get("since"): where["since"] = datetime(day.year, day.month, day.day,
+                                                          tzinfo=timezone.utc)
     return Campaign(path.stem, tuple(runs), tuple(grids), Path(top.get("results", "results")),
                     **where)
 
-# %% ../../nbs/experiments/09_plan.ipynb #9a795448
+# %% ../../nbs/experiments/09_plan.ipynb #9dd60703
 def _check_keys(found: dict, known: dict, where: str) -> None:
     "Raise ValueError for a key that is unknown, or a value of another kind."
     for key, value in found.items():
@@ -139,7 +142,8 @@ def _check_keys(found: dict, known: dict, where: str) -> None:
             raise ValueError(f"{where}: {key} = {value!r} must be {wanted}.")
 
 
-_KINDS = {str: "a word in quotes", int: "a whole number", float: "a number", list: "a list",
+_KINDS = {date: "a day, such as 2026-12-31", str: "a word in quotes", int: "a whole number",
+          float: "a number", list: "a list",
           dict: "a table in braces", bool: "true or false"}
 
 # %% ../../nbs/experiments/09_plan.ipynb #9af93648
@@ -268,10 +272,16 @@ def data_hash(stream: str, scale: str, seed: int, root: str | None) -> str:
     "SHA-256 of a stream's data as it is today."
     return get_stream(stream, scale, seed, root).sha256
 
-# %% ../../nbs/experiments/09_plan.ipynb #ff18dcda
+# %% ../../nbs/experiments/09_plan.ipynb #a343158f
 def fresh(path: Path, campaign: Campaign) -> bool:
-    "Whether a file is there, and not older than the campaign admits."
-    return path.exists() and path.stat().st_mtime >= (campaign.since or 0.0)
+    "Whether a result is there, and not older than the campaign admits."
+    return path.exists() and recent(json.loads(path.read_text())["date"], campaign)
+
+
+def recent(made: str | None, campaign: Campaign) -> bool:
+    "Whether a date, as results have it, is not older than the campaign admits."
+    if campaign.since is None: return True
+    return made is not None and datetime.fromisoformat(made) >= campaign.since
 
 # %% ../../nbs/experiments/09_plan.ipynb #ebee8c8a
 def is_done(
