@@ -6,11 +6,13 @@
 __all__ = ['TOP', 'WHAT', 'HOW', 'RUNS', 'TUNE', 'LOGS', 'Planned', 'result_file', 'Campaign', 'read_campaign', 'arguments',
            'method_of', 'differs', 'data_hash', 'fresh', 'recent', 'is_done', 'state_of']
 
-# %% ../../nbs/experiments/09_plan.ipynb #5f60cac4
+# %% ../../nbs/experiments/09_plan.ipynb #72094831
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
+
+# %% ../../nbs/experiments/09_plan.ipynb #ea9d1df1
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,9 +31,11 @@ from ..streams import get_stream
 TOP = {"seeds": list, "tuning_seeds": list, "side_by_side": int, "hours": (int, float),
        "results": str, "root": str, "device": str, "log": str, "since": date}
 
-# %% ../../nbs/experiments/09_plan.ipynb #66e71230
+# %% ../../nbs/experiments/09_plan.ipynb #182704e6
 WHAT = {"stream": str, "methods": list, "scale": str, "folder": str, "seeds": list,
         "value": (int, float), "options": dict}
+
+# %% ../../nbs/experiments/09_plan.ipynb #82388f5a
 HOW = {"epochs": (int, list), "batch_size": int, "schedule": str, "precision": str,
        "curves": int, "model": str, "weights": str, "ahead": bool, "stop_loss": float,
        "compile": bool}
