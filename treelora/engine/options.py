@@ -56,7 +56,7 @@ class Options:
         if self.reference and self.signature != "reference": raise ValueError(f'reference={self.reference} belongs to signature="reference", not to {self.signature!r}.')
         if self.lam < 0: raise ValueError(f"lam={self.lam} must not be negative.")
         if self.cache is not None and (self.cache < 0 or self.cache != int(self.cache)): raise ValueError(f"cache={self.cache} must be a whole number of adapters, 0 for none.")
-        check_search(self.search), get_signature(self.signature), self.point
+        check_search(self.search), get_signature(self.signature), as_reference(self.reference)
         for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
 
 # %% ../../nbs/engine/22_options.ipynb #efe2da2a
