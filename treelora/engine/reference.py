@@ -15,7 +15,7 @@ from torch import nn
 
 from ..signature import Layout, Rows
 
-# %% ../../nbs/engine/29_reference.ipynb #a0552aed
+# %% ../../nbs/engine/29_reference.ipynb #c14fea2f
 @dataclass(frozen=True)
 class Reference:
     """How the signature `reference` is taken and compared.
@@ -29,11 +29,11 @@ class Reference:
         if self.batches < 1:
             raise ValueError(f"batches={self.batches} of a reference must be at least 1.")
         if self.deviation < 0:
-            raise ValueError(f"deviation={self.deviation} of a reference must not be negative.")
+            raise ValueError(f"deviation={self.deviation} of a reference is negative.")
         if self.layers is not None and self.layers < 1:
-            raise ValueError(f"layers={self.layers} of a reference must be at least 1, or None.")
+            raise ValueError(f"layers={self.layers} of a reference must be None or at least 1.")
 
-# %% ../../nbs/engine/29_reference.ipynb #30dc0c85
+# %% ../../nbs/engine/29_reference.ipynb #a4408970
 def as_reference(
     given: dict | None,  # some of the fields of `Reference`
 ) -> Reference:
@@ -41,7 +41,8 @@ def as_reference(
     known = [f.name for f in fields(Reference)]
     for name in given or {}:
         if name not in known:
-            raise ValueError(f"Unknown choice {name!r} of a reference; known are {', '.join(known)}.")
+            raise ValueError(f"Unknown choice {name!r} of a reference; "
+                             f"known are {', '.join(known)}.")
     return Reference(**(given or {}))
 
 # %% ../../nbs/engine/29_reference.ipynb #2fa388bf
@@ -99,11 +100,11 @@ def reference_gradient(
     _check(layout, mean)
     return mean / mean.abs().sum(1, keepdim=True).clamp(min=1e-30) if unit else mean
 
-# %% ../../nbs/engine/29_reference.ipynb #c43b59e4
+# %% ../../nbs/engine/29_reference.ipynb #a7e8706d
 def _check(layout: Layout, rows: torch.Tensor) -> None:
     "Raise ValueError, naming the layers, when a gradient is not finite."
     bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
     if not bad: return
     raise ValueError("The gradient at the reference point is NaN or infinite in the layers "
-                     f"{[layout.names[l] for l in bad]}; nothing was recorded. Leave the batch "
-                     "out, or choose a smaller deviation.")
+                     f"{[layout.names[l] for l in bad]}; nothing was recorded. Leave the "
+                     "batch out, or choose a smaller deviation.")

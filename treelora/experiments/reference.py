@@ -6,7 +6,7 @@
 __all__ = ['TUNING', 'REPORTED', 'LAYERS', 'saved', 'reached', 'tuned', 'chosen', 'Measured', 'first_batches', 'layer_distances',
            'nearest_share', 'near_kinship', 'tree_of', 'scores', 'measure', 'measure_all']
 
-# %% ../../nbs/experiments/11_reference.ipynb #3d0f7056
+# %% ../../nbs/experiments/11_reference.ipynb #6ee183bf
 import json, time
 from collections.abc import Sequence
 from itertools import product
@@ -16,9 +16,10 @@ import torch
 
 from ..engine.checkpoint import file_sha256
 from ..engine.reference import Reference, reference_gradient, reference_point
-from .language import agreement, family_kinship, fast_precision, tree_kinship
-from ..learning.language import (Collator, add_adapters, answer_loss, language_weights_file,
-                                        load_smollm2)
+from .language import (agreement, family_kinship, fast_precision,
+                                           tree_kinship)
+from ..learning.language import (Collator, add_adapters, answer_loss,
+                                        language_weights_file, load_smollm2)
 from ..learning.result import where
 from ..learning.text import CLDR_LANGUAGES, FAMILIES, TextStream, cldr_stream
 from ..lora import lora_layers
@@ -36,11 +37,11 @@ def reached(found: dict, choice: dict) -> dict:
     same = lambda row: all(row[k] == choice[k] for k in ("batches", "unit", "layers"))
     return next(row for row in found["rows"] if same(row))
 
-# %% ../../nbs/experiments/11_reference.ipynb #06e71ba3
+# %% ../../nbs/experiments/11_reference.ipynb #0cbb6c54
 def tuned(results: str | Path = "results") -> list[dict]:
     "All choices on the tuning languages, with the deviation of B."
     files = [saved(results, f"tuning-seed10-b{b}") for b in ("0.02", "0")]
-    return [row | {"deviation": found["deviation"]} for found in files for row in found["rows"]]
+    return [row | {"deviation": file["deviation"]} for file in files for row in file["rows"]]
 
 
 def chosen(rows: Sequence[dict]) -> dict:
@@ -56,7 +57,7 @@ REPORTED = ("es", "pt", "gl", "ca", "fr", "it", "ro", "de", "nl", "af", "sv", "d
 # %% ../../nbs/experiments/11_reference.ipynb #d37e63ee
 LAYERS = {"last five": 5, "last third": 20, "all": 60}  # of the 60 adapted ones, by the output
 
-# %% ../../nbs/experiments/11_reference.ipynb #90da33d4
+# %% ../../nbs/experiments/11_reference.ipynb #d75ef6ac
 class Measured:
     "SmolLM2 with a fresh adapter, and the gradients of batches at its reference point."
 
@@ -75,12 +76,12 @@ class Measured:
 
     def gradients(self, batches) -> torch.Tensor:  # (K, L, D)
         "The gradient of each batch."
-        one = lambda batch: reference_gradient(self.model, self.layout, [lambda: self.loss(batch)],
-                                               self.point, unit=False)
+        at = self.model, self.layout
+        one = lambda batch: reference_gradient(*at, [lambda: self.loss(batch)], self.point, False)
         return torch.stack([one(batch) for batch in batches])
 
-# %% ../../nbs/experiments/11_reference.ipynb #9a6e995f
-def first_batches(stream: TextStream, i: int, n: int, seed: int, collate, size: int = 16) -> list:
+# %% ../../nbs/experiments/11_reference.ipynb #6f4200f9
+def first_batches(stream: TextStream, i: int, n: int, seed: int, collate, size: int) -> list:
     "The first training batches of a task, as a run with this seed draws them."
     loader = stream.loader([i], "train", size, seed * 1000 + i, collate=collate)
     return [batch for batch, _ in zip(loader, range(n))]
@@ -113,8 +114,11 @@ def tree_of(G: torch.Tensor, tasks: Sequence[str], unit: bool = True) -> TaskTre
     for task, rows in zip(tasks, G.flip(1)): tree.insert(task, rows)
     return tree
 
-# %% ../../nbs/experiments/11_reference.ipynb #a2fe1c96
-def scores(G: torch.Tensor, tasks: Sequence[str]) -> list[dict]:  # (K, N, L, D) batches' gradients
+# %% ../../nbs/experiments/11_reference.ipynb #8ea13b80
+def scores(
+    G: torch.Tensor,  # (K, N, L, D) gradients of the batches
+    tasks: Sequence[str],  # N names
+) -> list[dict]:
     "All choices of batches, norm and layers with what they reach."
     rows = []
     for batches, unit in product(range(1, len(G) + 1), (True, False)):
@@ -123,12 +127,12 @@ def scores(G: torch.Tensor, tasks: Sequence[str]) -> list[dict]:  # (K, N, L, D)
         tree = agreement(tree_kinship(tree_of(mean, tasks, unit)), family_kinship, tasks)
         for name, n in LAYERS.items():
             d = each[-n:].mean(0)
+            agrees = agreement(near_kinship(d, tasks), family_kinship, tasks)
             rows.append({"batches": batches, "unit": unit, "layers": name, "tree": tree,
-                         "nearest": nearest_share(d, tasks),
-                         "agreement": agreement(near_kinship(d, tasks), family_kinship, tasks)})
+                         "nearest": nearest_share(d, tasks), "agreement": agrees})
     return rows
 
-# %% ../../nbs/experiments/11_reference.ipynb #a74d8e89
+# %% ../../nbs/experiments/11_reference.ipynb #36fba5f2
 def measure(
     path: str | Path,  # the file to write
     languages: Sequence[str],
@@ -148,7 +152,8 @@ def measure(
              "layers": G.shape[2], "rows": scores(G, languages)} | _trees(G, languages)
     found |= {"stream_sha256": stream.sha256, "threads": torch.get_num_threads(),
               "weights_sha256": file_sha256(language_weights_file("smollm2")),
-              "seconds": round(time.perf_counter() - begun, 1), "where": where(at.point.device)}
+              "seconds": round(time.perf_counter() - begun, 1),
+              "where": where(at.point.device)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(found) + "\n")
     return Path(path)
@@ -164,7 +169,7 @@ def _trees(G: torch.Tensor, tasks: Sequence[str], kept: int = 12) -> dict:
     return {"newick": tree_of(mean, tasks).newick(), "gram": [rounded(g) for g in gram],
             "distances": rounded(each[-Reference.layers:].mean(0))}
 
-# %% ../../nbs/experiments/11_reference.ipynb #bec99132
+# %% ../../nbs/experiments/11_reference.ipynb #67ed925e
 def measure_all(
     results: str | Path = "results",
     missing_only: bool = True,  # skip what is there
@@ -173,6 +178,6 @@ def measure_all(
     folder = Path(results) / "reference"
     todo = [(folder / f"tuning-seed10-b{b:g}.json", TUNING, 10, b) for b in (0.02, 0.0)]
     todo += [(folder / "languages-seed0.json", REPORTED, 0, 0.02)]
-    todo += [(folder / f"cldr-seed{seed}.json", CLDR_LANGUAGES, seed, 0.02) for seed in (0, 1, 2)]
+    todo += [(folder / f"cldr-seed{s}.json", CLDR_LANGUAGES, s, 0.02) for s in (0, 1, 2)]
     return [path if missing_only and path.exists() else measure(path, *rest)
             for path, *rest in todo]
