@@ -198,7 +198,7 @@ def test_saved_and_resumed(tmp_path, make_net, init):
 def test_states_and_settings_of_before_are_as_they_were():
     assert "reference" not in Options().config
     assert Options(signature="reference").config["reference"] == {"batches": 3, "deviation": 0.02, "unit": True, "layers": 5}
-    for wrong, said in (({"batch": 1}, "known are batches"), ({"batches": 0}, "at least 1"), ({"layers": 0}, "None or at least 1"), ({"deviation": -1.0}, "is negative")):
+    for wrong, said in (({"batch": 1}, "known are batches"), ({"batches": 0}, "at least 1"), ({"layers": 0}, "None, or at least 1"), ({"deviation": -1.0}, "is negative")):
         with pytest.raises(ValueError, match=said): Options(signature="reference", reference=wrong)
     with pytest.raises(ValueError, match='belongs to signature="reference"'): Options(reference={"batches": 1})
 

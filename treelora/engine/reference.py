@@ -15,7 +15,7 @@ from torch import nn
 
 from ..signature import Layout, Rows
 
-# %% ../../nbs/engine/29_reference.ipynb #c14fea2f
+# %% ../../nbs/engine/29_reference.ipynb #38ca3cfb
 @dataclass(frozen=True)
 class Reference:
     """How the signature `reference` is taken and compared.
@@ -31,7 +31,7 @@ class Reference:
         if self.deviation < 0:
             raise ValueError(f"deviation={self.deviation} of a reference is negative.")
         if self.layers is not None and self.layers < 1:
-            raise ValueError(f"layers={self.layers} of a reference must be None or at least 1.")
+            raise ValueError(f"layers={self.layers} of a reference: None, or at least 1.")
 
 # %% ../../nbs/engine/29_reference.ipynb #a4408970
 def as_reference(

@@ -57,7 +57,7 @@ REPORTED = ("es", "pt", "gl", "ca", "fr", "it", "ro", "de", "nl", "af", "sv", "d
 # %% ../../nbs/experiments/11_reference.ipynb #d37e63ee
 LAYERS = {"last five": 5, "last third": 20, "all": 60}  # of the 60 adapted ones, by the output
 
-# %% ../../nbs/experiments/11_reference.ipynb #d75ef6ac
+# %% ../../nbs/experiments/11_reference.ipynb #84715840
 class Measured:
     "SmolLM2 with a fresh adapter, and the gradients of batches at its reference point."
 
@@ -77,7 +77,7 @@ class Measured:
     def gradients(self, batches) -> torch.Tensor:  # (K, L, D)
         "The gradient of each batch."
         at = self.model, self.layout
-        one = lambda batch: reference_gradient(*at, [lambda: self.loss(batch)], self.point, False)
+        one = lambda x: reference_gradient(*at, [lambda: self.loss(x)], self.point, False)
         return torch.stack([one(batch) for batch in batches])
 
 # %% ../../nbs/experiments/11_reference.ipynb #6f4200f9
