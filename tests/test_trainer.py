@@ -89,6 +89,7 @@ def with_bare_loop(tl, names=TASKS, accumulate=1, clip=1.0, autocast=False, skip
         steps = [batches[i:i + accumulate] for i in range(0, len(batches), accumulate)] * EPOCHS
         with tl.task(name, rounds=len(steps), epoch=len(steps) // EPOCHS):
             if tl.init == "branch" and tl.signal == "loss": look(tl, steps)
+            if tl.signature == "reference": tl.refer(lambda i: tl.model(**steps[i][0]).loss)
             for step in (s for i, s in enumerate(steps) if i not in skip):
                 items = sum(b["labels"][:, 1:].ne(-100).sum() for b in step)
                 def losses():
@@ -124,7 +125,8 @@ def look(tl, steps):
 
 FORMS = {"l1": {}, "prox": dict(penalty="prox"), "dot": dict(penalty="dot"), "loss": dict(signal="loss"), "fresh": dict(signal="fresh"),
          "update": dict(signature="update", search="random"), "top": dict(top_fraction=0.5, budget=2),
-         "authors": VARIANTS["authors"], "branch": VARIANTS["branch"] | dict(search_rounds=7), "held": dict(init="branch", search_rounds=3), "relative": dict(relative=True, lam=0.5)}
+         "authors": VARIANTS["authors"], "branch": VARIANTS["branch"] | dict(search_rounds=7), "held": dict(init="branch", search_rounds=3), "relative": dict(relative=True, lam=0.5),
+         "reference": dict(signature="reference", init="branch", reference={"batches": 2})}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -186,8 +186,9 @@ def _check_training(task: RunningTask, args, state, model: nn.Module) -> None:
 
 # %% ../nbs/learning/14_trainer.ipynb #adf09e44
 def _look(tl: TreeLoRA, model: nn.Module, loader, args) -> None:
-    "Find the branch before the first step, on the first batches of the data: forward passes without dropout, no step is spent on it."
-    if tl.signal != "loss" or tl._now.search_rounds == 0: return
+    "Take the signature `reference` and find the branch before the first step, on the first batches of the data, without dropout: no step is spent on it."
+    looks, refers = tl.signal == "loss" and tl._now.search_rounds > 0, tl.signature == "reference"
+    if not looks and not refers: return
     data, training, kept = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn), model.training, []
     source = chain.from_iterable(repeat(data))
 
@@ -195,9 +196,10 @@ def _look(tl: TreeLoRA, model: nn.Module, loader, args) -> None:
         while len(kept) <= i: kept.append(send_to_device(next(source), args.device))
         return model(**kept[i]).loss
 
+    if refers: tl.refer(loss)
     model.eval()
     try:
-        while tl.look(loss): pass
+        while looks and tl.look(loss): pass
     finally: model.train(training)
 
 

@@ -16,8 +16,10 @@ from torch import nn
 from .conductor import TreeLoRA
 from ..engine.device import bytes_of
 from ..engine.options import VARIANTS
+from ..engine.reference import reference_gradient, reference_point
 from ..engine.signals import loss_now
 from ..engine.store import Store
+from ..engine.task import TaskInProgress
 from ..lora import lora_layers
 from ..signature import Layout
 
@@ -91,6 +93,39 @@ def found(self: TreeLoRA) -> dict | None:
     "What the search for the branch of this task, or of the last one, has found; None without one."
     now = self._now or self.last
     return now and now.found
+
+# %% ../../nbs/engine/23_afterwards.ipynb #4b165154
+@patch
+def refer(
+    self: TreeLoRA,
+    loss: Callable[[int], torch.Tensor],  # i -> the i-th batch's loss under the model as it is
+) -> None:
+    """Take the signature `reference` before the first `step`: K forward and backward passes,
+    dropout off, after which all is as before but for the signature. With `signal="stored"` and
+    `init="branch"` the branch is found, and the adapter becomes the branch's.
+
+    Taken once per task: later calls do nothing, so a loop that goes on after a crash may call
+    it again. Raises ValueError outside a task, for another signature, and for gradients that
+    are not finite."""
+    now = self._open()
+    if self.signature != "reference": raise ValueError(f'refer() takes the signature "reference", but the signature is "{self.signature}"; leave it out, or use signature="reference".')
+    if now.signature.count: return
+    o = self.options
+    point = reference_point(self.layout, self.initial, o.point.deviation, o.seed)
+    losses = (lambda i=i: loss(i) for i in range(o.point.batches))
+    now.signature.take(reference_gradient(self.model, self.layout, losses, point, o.point.unit))
+    if o.refers: self._compare(now)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #13f35604
+@patch
+def _compare(self: TreeLoRA, now: TaskInProgress) -> None:
+    "Search for the branch by distances of stored rows, those of the layers that count."
+    some = slice(-min(self.options.point.layers or self.layout.n_layers, self.layout.n_layers), None)
+    while now.searching:
+        arm, _ = now.next_look()
+        rows = self.bank.signatures[self.bank.slot[arm], some].to(self.live.device, copy=True)
+        now.saw(arm, now.signature.distance(rows, rows, some).mean().item())
+        if now.looked >= now.search_rounds: self._settle(now)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #8662aa99
 @patch

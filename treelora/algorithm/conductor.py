@@ -39,7 +39,7 @@ class TreeLoRA:
         self,
         model: nn.Module,  # with LoRA layers, from `add_lora` or PEFT
         lam: float = 0.1,  # lambda, strength of the pull: the paper has 0.1 for ViT and 0.5 for LLM
-        signature: str = "grad",  # what a task is known by: "grad", "update" or "weight"
+        signature: str = "grad",  # what a task is known by: "grad", "update", "weight" or "reference"
         search: str = "tree-lcb",  # which bandit, see `treelora.bandit.SEARCHES`
         signal: str = "stored",  # what the bandit observes: "stored", "fresh" or "loss"
         penalty: str = "l1",  # the pull: "l1" (Eq. 3), "prox" or "dot" (the authors' code)
@@ -124,7 +124,7 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     if self.init == "fresh": self.live.write(self.initial)
     signature, n, o = get_signature(self.options.signature)(self.layout, self.live.device), len(self.bank), self.options
     signature.begin(self.params)
-    width = 1 if self.seen.one_for_all else self.layout.n_layers
+    width = 1 if self.seen.one_for_all or o.refers else self.layout.n_layers
     search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n else None
     wanted = min(2 * n, 64) if o.search_rounds is None else o.search_rounds
     late = self.live.device.type == "cuda"
@@ -185,6 +185,7 @@ def step(
     Raises ValueError outside a task, before `backward`, and for NaN or infinite gradients
     (on a GPU, one round later); then nothing is recorded."""
     now = self._open()
+    now.signature.check()
     grads = self._grads()
     norms = self._norms(now, grads)
     seen = self._observe(now, grads, loss) if now.observes else None

@@ -6,11 +6,12 @@
 __all__ = ['INITS', 'INFERENCES', 'ROOTS', 'VARIANTS', 'Options', 'one_of']
 
 # %% ../../nbs/engine/22_options.ipynb #7d128505
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..bandit import check_search
 from .pulls import PENALTIES
+from .reference import Reference, as_reference
 from .signals import SIGNALS
 from ..patch import patch
 from ..signature import get_signature
@@ -24,7 +25,7 @@ class Options:
     "All that a `TreeLoRA` can be told, checked. Raises ValueError for a value that cannot be."
     # the six that everybody sees: strength, and one for each part of Algorithm 1
     lam: float = 0.1  # lambda, strength of the penalty: the paper has 0.1 for ViT and 0.5 for LLM
-    signature: str = "grad"  # "grad", "update" or "weight"
+    signature: str = "grad"  # "grad", "update", "weight" or "reference"
     search: str = "tree-lcb"  # which bandit, see `treelora.bandit.SEARCHES`
     signal: str = "stored"  # what it observes: "stored", "fresh" or "loss"
     penalty: str = "l1"  # "l1" (Eq. 3), "prox" or "dot" (the authors' code)
@@ -39,6 +40,7 @@ class Options:
     split: str = "axis"  # rule of the tree's cuts
     root: str = "input"  # which layer's rows split the tree's root: the one nearest the "input" (the paper) or the "output"
     search_options: dict | None = None  # of the search, e.g. {"c": 0.05}
+    reference: dict | None = None  # of the signature "reference", e.g. {"batches": 3}, see `Reference`
     ramp: bool = False  # let the penalty grow as lambda t/T, "dot" in each epoch anew; then `task` needs `rounds`
     relative: bool = False  # measure lambda in units of each layer's mean absolute gradient; for "l1" only
     top_fraction: float | None = None  # keep only the largest entries of the gradient (S in Eq. 3)
@@ -51,9 +53,10 @@ class Options:
 
     def __post_init__(self):
         if self.relative and self.penalty != "l1": raise ValueError(f'relative=True belongs to penalty="l1", not to {self.penalty!r}, whose lambda has a unit of its own.')
+        if self.reference and self.signature != "reference": raise ValueError(f'reference={self.reference} belongs to signature="reference", not to {self.signature!r}.')
         if self.lam < 0: raise ValueError(f"lam={self.lam} must not be negative.")
         if self.cache is not None and (self.cache < 0 or self.cache != int(self.cache)): raise ValueError(f"cache={self.cache} must be a whole number of adapters, 0 for none.")
-        check_search(self.search), get_signature(self.signature)
+        check_search(self.search), get_signature(self.signature), as_reference(self.reference)
         for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
 
 # %% ../../nbs/engine/22_options.ipynb #efe2da2a
@@ -62,15 +65,31 @@ def one_of(what: str, value: str, known) -> str:
     if value not in known: raise ValueError(f"Unknown {what} {value!r}; known are {', '.join(known)}.")
     return value
 
+# %% ../../nbs/engine/22_options.ipynb #2825c0de
+@patch
+@property
+def point(self: Options) -> Reference:
+    "How the signature `reference` is taken."
+    return as_reference(self.reference)
+
+
+@patch
+@property
+def refers(self: Options) -> bool:
+    "Whether the branch is found at the reference point, by distances, before the first step."
+    return (self.signature, self.signal, self.init) == ("reference", "stored", "branch")
+
 # %% ../../nbs/engine/22_options.ipynb #271e9172
-_KEPT = ("lam", "signature", "search", "signal", "penalty", "init", "inference", "ramp", "top_fraction", "search_options", "search_rounds", "relative", "root", "seed", "split", "depth", "budget")
+_KEPT = ("lam", "signature", "search", "signal", "penalty", "init", "inference", "ramp", "top_fraction", "search_options", "reference", "search_rounds", "relative", "root", "seed", "split", "depth", "budget")
 
 
 @patch
 @property
 def config(self: Options) -> dict:
     "What decides the result, as a file keeps it."
-    return {name: getattr(self, name) for name in _KEPT} | {"search_options": self.search_options or {}}
+    kept = {name: getattr(self, name) for name in _KEPT} | {"search_options": self.search_options or {}}
+    if self.signature == "reference": return kept | {"reference": asdict(self.point)}
+    return {name: value for name, value in kept.items() if name != "reference"}  # as in states of before
 
 # %% ../../nbs/engine/22_options.ipynb #2943a421
 VARIANTS = {

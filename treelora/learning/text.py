@@ -241,6 +241,10 @@ FAMILIES = {
     "ru": ("Slavic", "East Slavic"), "uk": ("Slavic", "East Slavic"), "bg": ("Slavic", "South Slavic"), "hr": ("Slavic", "South Slavic"),
     "lt": ("Baltic", "East Baltic"), "lv": ("Baltic", "East Baltic"), "el": ("Hellenic", "Greek"),
     "fi": ("Uralic", "Finnic"), "et": ("Uralic", "Finnic"), "hu": ("Uralic", "Hungarian"),
+    "ast": ("Romance", "Ibero-Romance"), "rm": ("Romance", "Rhaeto-Romance"), "scn": ("Romance", "Italo-Dalmatian"), "sc": ("Romance", "Sardinian"),
+    "lb": ("Germanic", "West Germanic"), "fy": ("Germanic", "West Germanic"), "nn": ("Germanic", "North Germanic"), "fo": ("Germanic", "North Germanic"),
+    "hsb": ("Slavic", "West Slavic"), "be": ("Slavic", "East Slavic"), "mk": ("Slavic", "South Slavic"), "sr": ("Slavic", "South Slavic"),
+    "tr": ("Turkic", "Oghuz"), "az": ("Turkic", "Oghuz"), "tk": ("Turkic", "Oghuz"), "uz": ("Turkic", "Karluk"),
 }  # language -> branch, group
 
 # %% ../../nbs/learning/03_text.ipynb #76de845f

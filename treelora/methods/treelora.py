@@ -72,7 +72,9 @@ class TrainsWithTree:
 # %% ../../nbs/methods/03_treelora.ipynb #e957a155
 @patch
 def look(self: TrainsWithTree, batches) -> None:
-    "Find the branch before the first step, where the signal is a batch's loss."
+    """Before the first step: take the signature `reference`; find the branch, where the signal
+    is a batch's loss."""
+    if self.tl.signature == "reference": self._refer(batches)
     if self.tl.init != "branch" or self.tl.signal != "loss": return
     source, kept, training = chain.from_iterable(repeat(batches)), [], self.model.training
     self.model.eval()
@@ -88,6 +90,20 @@ def _judge(self: TrainsWithTree, i: int, source: Iterator, kept: list) -> torch.
     they are first wanted."""
     kept += islice(source, max(0, i + 1 - len(kept)))
     return self.probe(kept[i])
+
+
+@patch
+def _refer(self: TrainsWithTree, batches) -> None:
+    "Take the signature `reference` on the first batches; the branch may come with it."
+    source = chain.from_iterable(repeat(batches))
+    self.tl.refer(lambda i: self.reference_loss(next(source)))
+    self.start = self.tl.live.read()
+
+
+@patch
+def reference_loss(self: TrainsWithTree, batch) -> torch.Tensor:
+    "The loss whose gradient is the signature `reference`."
+    return self.loss(batch)
 
 # %% ../../nbs/methods/03_treelora.ipynb #111c2e39
 class WithTree(TrainsWithTree):
@@ -122,7 +138,12 @@ class WithTree(TrainsWithTree):
         branches; picks."""
         found = {"movement": self.movement}
         if self.tl.init == "branch": found["branches"] = self.branches
-        return found | self._picks()
+        return found | self._picks() | self._passes()
+
+    def _passes(self) -> dict:
+        "Forward and backward passes that the signature `reference` took, of all tasks."
+        if self.tl.signature != "reference": return {}
+        return {"reference_passes": self.tl.options.point.batches * len(self.movement)}
 
     def _picks(self) -> dict:
         "How often each earlier task was chosen in each layer while the last one was learned."
@@ -153,6 +174,10 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
                  per_class=PER_CLASS, **changes):
         super().__init__(model, classes, seed, r, blocks, place, per_class=per_class)
         self.plant(changes)
+
+    def reference_loss(self, batch):
+        images, labels = batch  # not through the head, which has learned earlier tasks
+        return prototype_loss(features(self.model, images), labels)
 
     def _keep_adapter(self): pass  # the bank of TreeLoRA has it
 
