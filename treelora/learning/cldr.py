@@ -136,13 +136,15 @@ def cldr_languages() -> dict[str, str]:  # code -> English name of the language
     found = shipped_cldr()["languages"]
     return {code: entry["title"] for code, entry in found.items() if "_" not in code}
 
-# %% ../../nbs/learning/04_cldr.ipynb #9b6983c7
+# %% ../../nbs/learning/04_cldr.ipynb #2f708ad1
 def _called(language: str) -> set[str]:
-    "What a language is called in English and by itself, and the longer words of it, in small letters."
-    entry = cldr_entry(language)
+    """What a language is called in English and by itself, and the longer words of it, in small
+    letters. A word in a tenth of all names, as Vietnamese has for "language", is not its own."""
+    entry, all_names = cldr_entry(language), cldr_names(language).values()
     names = entry.title.split(" (")[0], entry.languages.get(entry.code.split("_")[0], "")
-    words = {word for name in names for word in name.split() if len(word) > 3}
-    return {word.casefold() for word in {*names, *words} if word}
+    words = {word.casefold() for name in names for word in name.split() if len(word) > 3}
+    usual = {w for w in words if 10 * sum(w in n.casefold() for n in all_names) > len(all_names)}
+    return {name.casefold() for name in names if name} | words - usual
 
 
 def shown_names(

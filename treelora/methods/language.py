@@ -70,6 +70,9 @@ class LanguageMethod(TokenMethod):
 
     def predictor(self, task): return lambda prompts: self.predict(prompts, task.max_answer)
 
+    def predictor_as(self, task, of):
+        return lambda prompts: self.predict_as(task, prompts, of.max_answer)
+
     def progress(self, stream, task, prepare):
         self.model.eval()
         nll = [answer_nll(self.model, batch)
@@ -280,10 +283,23 @@ class TreeLanguageMethod(WithTree, LanguageAdapterMethod):
         return {names[id(p)]: x
                 for p, x in zip(self.layout.params, self.layout.views(adapter))}
 
-    def predict(self, inputs, max_answer=64):
-        if self.tl.inference == "latest": return super().predict(inputs, max_answer)
+    @property
+    def routes(self) -> bool: return self.tl.inference == "routed"
+
+    def route_of(self, inputs):
+        if not self.routes: return None
         prompts = {name: x.to(self.device) for name, x in self.collate.prompt(inputs).items()}
-        tasks = self.tl.route(prompt_features(self.model, prompts))
+        return self.tl.route(prompt_features(self.model, prompts))
+
+    def predict(self, inputs, max_answer=64):
+        if not self.routes: return super().predict(inputs, max_answer)
+        return self._answers(self.route_of(inputs), inputs, max_answer)
+
+    def predict_as(self, task, inputs, max_answer=64):
+        return self._answers(torch.full((len(inputs),), task), inputs, max_answer)
+
+    def _answers(self, tasks: torch.Tensor, inputs: Sequence[str], max_answer: int) -> list[str]:
+        "Answers to prompts under their tasks' adapters; those that are known are not computed."
         own = lambda new: self._answer_by(tasks[new], [inputs[i] for i in new], max_answer)
         return self.memo(tasks.tolist(), inputs, own)
 

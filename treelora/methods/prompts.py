@@ -197,6 +197,9 @@ class VisionPrompts(VisionMethod):
 
     def predict(self, inputs): return masked_logits(self.logits(inputs), self.seen).argmax(1)
 
+    def predict_as(self, task, inputs):
+        return masked_logits(self.logits(inputs, task), self.seen).argmax(1)
+
     def predict_within(self, images):
         return masked_logits(self.logits(images, self.task), self.classes[self.task]).argmax(1)
 
@@ -350,6 +353,7 @@ class DualPrompts(nn.Module):
 # %% ../../nbs/methods/07_prompts.ipynb #0ee3b32f
 class FromExperts:
     "The hooks of any method, of vision or language, that has `DualPrompts`."
+    routes = True  # by the nearest key
 
     def tasks_of(
         self,
@@ -405,6 +409,8 @@ class DualPrompt(FromExperts, VisionPrompts):
     def _under(self, tasks: torch.Tensor, images: torch.Tensor) -> torch.Tensor:  # (n, C)
         "Logits under the general prompts and those of each image's task."
         with prefixed(self.model, self.prompts(tasks)): return self.model(images)
+
+    def route_of(self, inputs): return self.tasks_of(self.query(inputs))
 
     def logits(self, images, task=None):
         return self._under(self.tasks_of(self.query(images), task), images)
@@ -462,6 +468,7 @@ class EnsemblePrefixes(Prefixes):
 class TaskPrefixes(VisionPrompts):
     """A set of prefixes for each task; an input gets those of the task that its un-adapted
     features point to."""
+    routes = True
 
     def __init__(
         self,
@@ -489,6 +496,8 @@ class TaskPrefixes(VisionPrompts):
                                            model.embed_dim, seed=seed), lean))
         self.parts = Decomposition(seed)
 
+    def route_of(self, inputs): return self.parts.identity.identify(self.query(inputs))
+
     def under(
         self,
         images: torch.Tensor,
@@ -496,7 +505,7 @@ class TaskPrefixes(VisionPrompts):
     ) -> AbstractContextManager:
         """The model with the prompts of a task, or of the one that each image's un-adapted
         features point to."""
-        if task is None: tasks = self.parts.identity.identify(self.query(images))
+        if task is None: tasks = self.route_of(images)
         else: tasks = torch.full((len(images),), task)
         return prefixed(self.model, self.prompts(tasks.to(images.device)))
 
@@ -745,7 +754,11 @@ class DualPromptText(FromExperts, TextPrompts):
     def nll(self, batch):
         with self.under(self.query(batch)): return answer_nll(self.model, batch)
 
+    def route_of(self, inputs): return self.tasks_of(self.query(self.read(inputs)))
+
+    def predict(self, inputs, max_answer=64): return self.predict_as(None, inputs, max_answer)
+
     @torch.no_grad()
-    def predict(self, inputs, max_answer=64):
-        with self.under(self.query(self.read(inputs))):
+    def predict_as(self, task, inputs, max_answer=64):
+        with self.under(self.query(self.read(inputs)), task):
             return generate(self.model, self.collate, inputs, max_answer)

@@ -35,7 +35,7 @@ class HiDeLoRAText(LanguageAdapterMethod):
     """HiDe's decomposition with LoRA: a prompt is answered by the adapter of the task that
     its un-adapted features point to."""
     name, paper, year = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023
-    stores = "adapters, feature moments"
+    stores, routes = "adapters, feature moments", True
 
     def __init__(self, *args, per_task: int | None = PER_TASK, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,8 +66,16 @@ class HiDeLoRAText(LanguageAdapterMethod):
         batch = {name: x.to(self.device) for name, x in self.collate.prompt(prompts).items()}
         return self.stats.distances(prompt_features(self.model, batch)).argmin(1)
 
+    def route_of(self, inputs): return self.identify(inputs)
+
     def predict(self, inputs, max_answer=64):
-        tasks = self.identify(inputs)
+        return self._answers(self.identify(inputs), inputs, max_answer)
+
+    def predict_as(self, task, inputs, max_answer=64):
+        return self._answers(torch.full((len(inputs),), task), inputs, max_answer)
+
+    def _answers(self, tasks: torch.Tensor, inputs: Sequence[str], max_answer: int) -> list[str]:
+        "Answers to prompts under their tasks' adapters; those that are known are not computed."
         keys = [(task, max_answer) for task in tasks.tolist()]
         own = lambda new: self._answer(tasks[new], [inputs[i] for i in new], max_answer)
         return self.memo(keys, inputs, own)
