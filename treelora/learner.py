@@ -138,8 +138,7 @@ def _rate(schedule: str, total: int):
 # %% ../nbs/learning/11_learner.ipynb #c2b782bd
 class Loop(Steps):
     "Trains one method on one stream, stage after stage; what else is to happen is handed in."
-    # items: what reaches the adapters, for each example of the stage
-    # routing: where test inputs were sent, in the end
+    # items: what reaches the adapters in the stage; routing: where test inputs were sent
     keeper, items, routing = None, None, None
     ahead = shard = False
 

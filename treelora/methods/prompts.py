@@ -25,6 +25,7 @@ from .base import (PER_CLASS, Adaptive, VisionMethod, check_drawn, classes_of,
                                    drawn, register, tensor_bytes)
 from .language import LanguageMethod
 from ..learning.models import features
+from ..patch import patch
 
 # %% ../../nbs/methods/07_prompts.ipynb #94cc39ec
 @contextmanager
@@ -754,11 +755,23 @@ class DualPromptText(FromExperts, TextPrompts):
     def nll(self, batch):
         with self.under(self.query(batch)): return answer_nll(self.model, batch)
 
-    def route_of(self, inputs): return self.tasks_of(self.query(self.read(inputs)))
+# %% ../../nbs/methods/07_prompts.ipynb #76dfc6f5
+@patch
+def route_of(self: DualPromptText, inputs: Sequence[str]) -> torch.Tensor:  # (n,)
+    "The task with the nearest key, of each prompt."
+    return self.tasks_of(self.query(self.read(inputs)))
 
-    def predict(self, inputs, max_answer=64): return self.predict_as(None, inputs, max_answer)
 
-    @torch.no_grad()
-    def predict_as(self, task, inputs, max_answer=64):
-        with self.under(self.query(self.read(inputs)), task):
-            return generate(self.model, self.collate, inputs, max_answer)
+@patch
+def predict(self: DualPromptText, inputs: Sequence[str], max_answer: int = 64) -> list[str]:
+    "Answers to prompts, each with its own expert."
+    return self.predict_as(None, inputs, max_answer)
+
+
+@patch
+@torch.no_grad()
+def predict_as(self: DualPromptText, task: int | None, inputs: Sequence[str],
+               max_answer: int = 64) -> list[str]:
+    "Answers to prompts with a task's expert; None: each with its own."
+    with self.under(self.query(self.read(inputs)), task):
+        return generate(self.model, self.collate, inputs, max_answer)
