@@ -242,10 +242,10 @@ def _score(loop: Loop, task) -> float:
         return loop.stream.evaluate(task, predict, seed=loop.seed,
                                     prepare=loop.processes.placed)
 
-# %% ../nbs/learning/11_learner.ipynb #8dc6a3fc
+# %% ../nbs/learning/11_learner.ipynb #5e901e6a
 def _routing(loop: Loop) -> dict | None:
-    """For each task the share of its test inputs that are sent to it (`identity`), and the score
-    when all are (`oracle`); None for a method that sends inputs nowhere."""
+    """For each task the share of its test inputs that are sent to it (`identity`), and the
+    score when all are (`oracle`); None for a method that sends inputs nowhere."""
     if not loop.method.routes: return None
     shares: dict[int, float] = {}
     row = lambda of: loop.processes.row(len(loop.stream), of, loop.shard).tolist()
@@ -571,7 +571,8 @@ def _result(learner: Learner, config: dict, sha256: dict) -> Result:
     if learner.keeper: phases |= {"checkpoint": watch.get("checkpoint", 0.0), "restarts": learner.keeper.restarts}
     if learner.world > 1: config = config | {"processes": learner.world}
     metrics_used = {"metrics": [getattr(t, "metric", "accuracy") for t in stream]}
+    extra = method.extra() | ({"routing": learner.routing} if learner.routing else {})
     return Result(config | counts | metrics_used | {"method_config": method.options}, [t.name for t in stream], [list(getattr(t, "classes", ())) for t in stream],
                   [len(t.train) for t in stream], [len(t.test) for t in stream], learner.R, phases, learner.samples / max(phases["train"], 1e-9),
-                  learner.curves, method.trees(), method.extra() | ({"routing": learner.routing} if learner.routing else {}),
+                  learner.curves, method.trees(), extra,
                   {"peak_bytes": _peak_bytes(learner.device), "stored_bytes": method.stored_bytes, "stored": method.stored()}, where(learner.device), sha256)

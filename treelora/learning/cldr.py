@@ -176,8 +176,8 @@ def blind_prompt(
     pair = random.Random(f"{seed} {language} {concept}").choice(fit)
     return f"{pair} = {shown[pair]}\n{concept} ="
 
-# %% ../../nbs/learning/04_cldr.ipynb #2b539776
-ALIKE = 2 / 3  # share of a language's pairs that are those of others, too, above which a stream warns
+# %% ../../nbs/learning/04_cldr.ipynb #df5f1c94
+ALIKE = 2 / 3  # share of a language's pairs that are another's, too, above which a stream warns
 
 
 def told_apart(

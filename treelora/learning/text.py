@@ -218,8 +218,8 @@ def _cldr_task(
         raise ValueError(f"CLDR has {len(found[0])} names in {title} ({language}) to train with and {len(found[1])} to test with, but "
                          f"{n_train} and {n_test} are asked for; ask for fewer, or leave the language out.")
     shown = shown_names(language, found[0][:n_train], found[1]) if blind else {}
-    asked = lambda c: blind_prompt(cldr_code(language), c, names[c], shown, seed) if blind else f"English: {c}\n{title}:"
-    example = lambda c: Example(asked(c), " " + names[c])
+    unnamed = lambda c: blind_prompt(cldr_code(language), c, names[c], shown, seed)
+    example = lambda c: Example(unnamed(c) if blind else f"English: {c}\n{title}:", " " + names[c])
     train, test = (TextSet([example(c) for c in concepts[:n]]) for concepts, n in zip(found, (n_train, n_test)))
     return TextTask(language, train, test, "chrf", max_answer=16)
 
@@ -229,25 +229,26 @@ def cldr_stream(
     n_train: int = 320,  # examples a language
     n_test: int = 60,
     seed: int = 0,  # draws which names are for training and which for testing, and the solved pairs
-    blind: bool = False,  # whether a solved pair stands in the prompts in place of the language's name
+    blind: bool = False,  # whether a solved pair stands in place of the language's name
 ) -> TextStream:
     "Translation of names from English into one language after the other; `ValueError` for an unknown language or too few names."
     languages, form = tuple(code.strip() for code in languages), "cldr-blind" if blind else "cldr"
     name = form if languages == CLDR_LANGUAGES else f"{form}:{','.join(languages)}"
     if blind: _refuse_twice(languages)
-    stream = TextStream(name, "quick", seed, [_cldr_task(code, n_train, n_test, seed, blind) for code in languages])
+    tasks = [_cldr_task(code, n_train, n_test, seed, blind) for code in languages]
+    stream = TextStream(name, "quick", seed, tasks)
     if blind: _warn_of_twins(stream)
     return stream
 
-# %% ../../nbs/learning/03_text.ipynb #0635c8b3
+# %% ../../nbs/learning/03_text.ipynb #1333c82e
 def _refuse_twice(languages: Sequence[str]) -> None:
     "`ValueError` for two codes with the same names, as `iw` and `he` for Hebrew."
     first: dict[tuple, str] = {}
     for code in languages:
         other = first.setdefault(tuple(sorted(cldr_names(code).items())), code)
         if other != code:
-            raise ValueError(f"{other!r} and {code!r} have the same names, so that no prompt could tell which "
-                             "task is meant; leave one of them out.")
+            raise ValueError(f"{other!r} and {code!r} have the same names, so that no prompt could "
+                             "tell which task is meant; leave one of them out.")
 
 
 def _warn_of_twins(stream: TextStream) -> None:
@@ -259,8 +260,9 @@ def _warn_of_twins(stream: TextStream) -> None:
     shares = ", ".join(f"{100 * share:.0f} % of {code}" for code, share in twins.items())
     best = 100 * sum(best for _, best in found) / len(found)
     warnings.warn(
-        f"The stream {stream.name!r} has tasks that its prompts hardly tell apart: {shares} read the same in another "
-        f"of its languages. The best guess finds the task of {best:.0f} % of the prompts, chance of {100 / len(found):.0f} %.", stacklevel=3)
+        f"The stream {stream.name!r} has tasks that its prompts hardly tell apart: {shares} "
+        f"read the same in another of its languages. The best guess finds the task of "
+        f"{best:.0f} % of the prompts, chance of {100 / len(found):.0f} %.", stacklevel=3)
 
 # %% ../../nbs/learning/03_text.ipynb #a723ff5b
 FAMILIES = {
@@ -445,8 +447,9 @@ def _cl_benchmark(
 
 # %% ../../nbs/learning/03_text.ipynb #3b99702b
 def _cldr_of(blind: bool) -> Callable[..., TextStream]:
-    "The builder of a stream of translations; its root is not used: the names come with the package."
-    def build(scale: str, seed: int, root: Path | None, languages: str = ",".join(CLDR_LANGUAGES)) -> TextStream:
+    "The builder of a stream of translations; root is unused: the names come with the package."
+    def build(scale: str, seed: int, root: Path | None,
+              languages: str = ",".join(CLDR_LANGUAGES)) -> TextStream:
         return cldr_stream(languages.split(","), seed=seed, blind=blind)
     return build
 
@@ -464,6 +467,7 @@ def _cl_of(name: str, order: int) -> Callable[..., TextStream]:
 
 
 for _name, _blind in (("cldr", False), ("cldr-blind", True)):
-    register_stream(_name, ["quick"], _cldr_of(_blind), f"codes of languages between commas, as in '{_name}:fr,ro,ca'")
+    register_stream(_name, ["quick"], _cldr_of(_blind),
+                    f"codes of languages between commas, as in '{_name}:fr,ro,ca'")
 for _name, _tasks in (("trace", tuple(TRACE)), ("math-llm", MATH_LLM)): register_stream(_name, ["quick", "small", "paper"], _trace_of(_name, _tasks))
 for _name, _order in (("long-15", 4), *((f"cl-benchmark-{i}", i) for i in CL_ORDERS)): register_stream(_name, ["quick", "small", "paper"], _cl_of(_name, _order))
