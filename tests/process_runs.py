@@ -109,5 +109,5 @@ if __name__ == "__main__":
         os._exit(3)
     out.mkdir(parents=True, exist_ok=True)
     kept = {"tree": tl.tree.newick(), "groups": [sorted(map(sorted, tl.tree.groups(d))) for d in range(3)], "names": tl.bank.names, "adapters": tl.bank.adapters, "signatures": tl.bank.signatures}
-    if result: kept |= {"R": torch.tensor(result.R), "trees": result.trees, "restarts": result.seconds_by_phase.get("restarts")}
+    if result: kept |= {"R": torch.tensor(result.R), "trees": result.trees, "restarts": result.seconds_by_phase.get("restarts"), "routing": result.extra.get("routing")}
     torch.save(kept, out / f"{os.environ.get('RANK', 0)}.pt")

@@ -47,6 +47,9 @@ def test_two_processes_take_the_steps_of_one(case, settings, tmp_path):
     print(case, "largest difference of an adapter", difference, "largest entry", one["adapters"].abs().max().item())
     assert difference < 1e-5 and one["adapters"].abs().max() > 1e-2
     if "R" in one: assert torch.equal(first["R"].nan_to_num(), second["R"].nan_to_num()) and (first["R"] - one["R"]).nan_to_num().abs().max() < 0.02
+    if case == "language-branch":  # each process measures some of the tasks
+        assert first["routing"] == second["routing"] and first["routing"]["identity"] == pytest.approx(one["routing"]["identity"], abs=0.3)
+        assert first["routing"]["oracle"] == pytest.approx(one["routing"]["oracle"], abs=0.02)
 
 
 @pytest.mark.slow

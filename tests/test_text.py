@@ -1,5 +1,6 @@
 "Text streams: CLDR, folders of TRACE and of O-LoRA's benchmark, batches, evaluation, and bad input."
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treelora.learning.cldr import blind_prompt, cldr_entry, told_apart
 from treelora.streams import TaskStream, get_stream, list_streams
 from treelora.learning.text import (CL_KINDS, CL_ORDERS, CLDR_LANGUAGES, FAMILIES, TRACE, Example, LengthBuckets, TextSet, TextStream, TextTask, cl_prompt,
                            cldr_languages, cldr_names, cldr_split, cldr_stream, read_records)
@@ -93,6 +95,75 @@ def test_bad_names(name, words):
 
 def test_too_few_names():
     with pytest.raises(ValueError, match=r"has \d+ names in Dutch \(nl\) to train with and \d+ to test with, but 500 and 60"): cldr_stream(["nl"], n_train=500)
+
+
+# The same names, without the language's name in the prompt
+
+def solved(example): return example.prompt.split("\n")[0].split(" = ")
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_blind_prompts_ask_for_the_same_names_after_a_solved_pair_of_the_training_names(seed):
+    named, blind = (get_stream(name, seed=seed) for name in ("cldr", "cldr-blind"))
+    assert (blind.name, blind.kind, [t.name for t in blind]) == ("cldr-blind", "language", list(CLDR_LANGUAGES))
+    for one, other in zip(named, blind):
+        assert (one.metric, one.max_answer) == (other.metric, other.max_answer)
+        trained = {next(iter(names_of(TextSet([e])))): e.answer.strip() for e in one.train}
+        tested = {e.answer.strip().casefold() for e in other.test}
+        for split in ("train", "test"):
+            for plain, example in zip(getattr(one, split), getattr(other, split), strict=True):
+                (asked, shown), answer = solved(example), example.answer.strip()
+                question = example.prompt.split("\n")[1].removesuffix(" =")
+                assert example.answer == plain.answer and plain.prompt.startswith(f"English: {question}\n")
+                assert trained[asked] == shown and asked != question and answer.casefold() not in shown.casefold()
+                assert shown.casefold() not in tested
+        assert len({tuple(solved(e)) for e in other.train}) > 100  # each question has a pair of its own
+
+
+def test_blind_prompts_name_no_language():
+    for code in cldr_languages():
+        if code == "en": continue
+        entry = cldr_entry(code)
+        called = {entry.title.casefold(), entry.languages.get(code, entry.title).casefold()}
+        try: task = cldr_stream([code], 150, 40, seed=1, blind=True).tasks[0]
+        except ValueError as error:
+            assert "to train with" in str(error)
+            continue
+        for example in [*task.train, *task.test]:
+            first = " = ".join(solved(example)).casefold()
+            assert not any(name in first for name in called), (code, first)
+            assert example.prompt.count("\n") == 1 and example.prompt.endswith(" =")
+
+
+def test_a_blind_stream_is_fixed_by_its_seed_in_every_process_and_whatever_else_is_in_it():
+    alone, among = (cldr_stream(codes, seed=3, blind=True)["pt"] for codes in (["pt"], ["es", "pt"]))
+    assert alone.train.examples == among.train.examples and alone.test.examples == among.test.examples
+    code = "from treelora.streams import get_stream; print(get_stream('cldr-blind:pt', seed=3).sha256)"
+    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": h}).stdout.strip() for h in ("1", "2")}
+    assert runs == {get_stream("cldr-blind:pt", seed=3).sha256} and get_stream("cldr:pt", seed=3).sha256 not in runs
+    assert get_stream("cldr-blind:fr, ro").name == "cldr-blind:fr,ro" and "cldr-blind" in list_streams()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("cldr-blind:klingon", "'klingon'.*cldr_languages"), ("cldr-blind:en", "0 names in English"), ("cldr-blind:es,es", "more than one task"), ("cldr-blind:", "should come codes of languages"),
+    ("cldr-blind:iw,he", "'iw' and 'he' have the same names"), ("cldr-blind:de,de_AT", "have the same names")])
+def test_bad_names_of_blind_streams(name, words):
+    with pytest.raises(ValueError, match=words): get_stream(name)
+
+
+def test_a_pair_that_gives_the_answer_away_is_not_shown():
+    with pytest.raises(ValueError, match="'France' in 'de': train more names"): blind_prompt("de", "France", "Frankreich", {"France": "Frankreich", "Old France": "altes Frankreich"})
+    assert cldr_stream(["es"], 2, 2, blind=True)["es"].train[0].prompt.count("=") == 2
+    with pytest.raises(ValueError, match="train more names"): cldr_stream(["es"], 1, 1, blind=True)
+
+
+def test_tasks_that_can_hardly_be_told_apart_are_said():
+    with pytest.warns(UserWarning, match=r"'cldr-blind:nb,nn' has tasks that its prompts hardly tell apart: \d+ % of nb, \d+ % of nn read the same.*finds the task of \d+ % of the prompts, chance of 50 %"):
+        get_stream("cldr-blind:nb,nn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("cldr-blind", "cldr-blind:nb,da", "cldr-blind:sr,hr", "cldr:nb,nn"): get_stream(name)
+    assert told_apart(["es", "pt", "de"], [["Brazil", "France"], ["Brazil", "France"], ["France", "Spain"]]) == [(0.5, 0.75)] * 2 + [(0.0, 1.0)]
 
 
 # Folders

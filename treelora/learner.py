@@ -137,10 +137,9 @@ def _rate(schedule: str, total: int):
 
 # %% ../nbs/learning/11_learner.ipynb #c2b782bd
 class Loop(Steps):
-    """Trains one method on one stream, stage after stage; what else is to happen is handed to
-    it."""
-    # items: what reaches the adapters, for each example of the stage
-    keeper, items = None, None
+    "Trains one method on one stream, stage after stage; what else is to happen is handed in."
+    # items: what reaches the adapters in the stage; routing: where test inputs were sent
+    keeper, items, routing = None, None, None
     ahead = shard = False
 
     def __init__(self, stream: Stream, method, epochs: list[int], batch_size: int, lr: float,
@@ -181,6 +180,7 @@ class Loop(Steps):
             for part in self._parts: part.measured(self, tasks)
             self.done, half = self.done + 1, None
             if self.keeper: self.keeper.keep()
+        self.routing = _routing(self)
         return self
 
     def _stage(self, tasks: list[int], half: dict | None = None) -> None:
@@ -241,6 +241,31 @@ def _score(loop: Loop, task) -> float:
     with loop.watch("evaluate"), loop.accelerator.autocast():
         return loop.stream.evaluate(task, predict, seed=loop.seed,
                                     prepare=loop.processes.placed)
+
+# %% ../nbs/learning/11_learner.ipynb #5e901e6a
+def _routing(loop: Loop) -> dict | None:
+    """For each task the share of its test inputs that are sent to it (`identity`), and the
+    score when all are (`oracle`); None for a method that sends inputs nowhere."""
+    if not loop.method.routes: return None
+    shares: dict[int, float] = {}
+    row = lambda of: loop.processes.row(len(loop.stream), of, loop.shard).tolist()
+    found = {"oracle": row(lambda i: _told(loop, i, shares)), "identity": row(shares.get)}
+    found = {what: [round(x, 6) for x in xs] for what, xs in found.items()}
+    return found | {f"mean_{what}": round(sum(xs) / len(xs), 6) for what, xs in found.items()}
+
+
+@torch.no_grad()
+def _told(loop: Loop, i: int, shares: dict[int, float]) -> float:
+    "The score of a task's test inputs when the task is given; puts the share sent to it down."
+    task, sent = loop.stream[i], []
+    answer = loop.method.predictor_as(i, task)
+    def told(inputs):
+        sent.append(loop.method.route_of(inputs).cpu() == i)
+        return answer(inputs)
+    with loop.watch("evaluate"), loop.accelerator.autocast():
+        score = loop.stream.evaluate(task, told, seed=loop.seed, prepare=loop.processes.placed)
+    shares[i] = torch.cat(sent).double().mean().item()
+    return score
 
 # %% ../nbs/learning/11_learner.ipynb #e349092e
 class Bar(Part):
@@ -546,7 +571,8 @@ def _result(learner: Learner, config: dict, sha256: dict) -> Result:
     if learner.keeper: phases |= {"checkpoint": watch.get("checkpoint", 0.0), "restarts": learner.keeper.restarts}
     if learner.world > 1: config = config | {"processes": learner.world}
     metrics_used = {"metrics": [getattr(t, "metric", "accuracy") for t in stream]}
+    extra = method.extra() | ({"routing": learner.routing} if learner.routing else {})
     return Result(config | counts | metrics_used | {"method_config": method.options}, [t.name for t in stream], [list(getattr(t, "classes", ())) for t in stream],
                   [len(t.train) for t in stream], [len(t.test) for t in stream], learner.R, phases, learner.samples / max(phases["train"], 1e-9),
-                  learner.curves, method.trees(), method.extra(),
+                  learner.curves, method.trees(), extra,
                   {"peak_bytes": _peak_bytes(learner.device), "stored_bytes": method.stored_bytes, "stored": method.stored()}, where(learner.device), sha256)

@@ -25,6 +25,7 @@ from .base import (PER_CLASS, Adaptive, VisionMethod, check_drawn, classes_of,
                                    drawn, register, tensor_bytes)
 from .language import LanguageMethod
 from ..learning.models import features
+from ..patch import patch
 
 # %% ../../nbs/methods/07_prompts.ipynb #94cc39ec
 @contextmanager
@@ -197,6 +198,9 @@ class VisionPrompts(VisionMethod):
 
     def predict(self, inputs): return masked_logits(self.logits(inputs), self.seen).argmax(1)
 
+    def predict_as(self, task, inputs):
+        return masked_logits(self.logits(inputs, task), self.seen).argmax(1)
+
     def predict_within(self, images):
         return masked_logits(self.logits(images, self.task), self.classes[self.task]).argmax(1)
 
@@ -350,6 +354,7 @@ class DualPrompts(nn.Module):
 # %% ../../nbs/methods/07_prompts.ipynb #0ee3b32f
 class FromExperts:
     "The hooks of any method, of vision or language, that has `DualPrompts`."
+    routes = True  # by the nearest key
 
     def tasks_of(
         self,
@@ -405,6 +410,8 @@ class DualPrompt(FromExperts, VisionPrompts):
     def _under(self, tasks: torch.Tensor, images: torch.Tensor) -> torch.Tensor:  # (n, C)
         "Logits under the general prompts and those of each image's task."
         with prefixed(self.model, self.prompts(tasks)): return self.model(images)
+
+    def route_of(self, inputs): return self.tasks_of(self.query(inputs))
 
     def logits(self, images, task=None):
         return self._under(self.tasks_of(self.query(images), task), images)
@@ -462,6 +469,7 @@ class EnsemblePrefixes(Prefixes):
 class TaskPrefixes(VisionPrompts):
     """A set of prefixes for each task; an input gets those of the task that its un-adapted
     features point to."""
+    routes = True
 
     def __init__(
         self,
@@ -489,6 +497,8 @@ class TaskPrefixes(VisionPrompts):
                                            model.embed_dim, seed=seed), lean))
         self.parts = Decomposition(seed)
 
+    def route_of(self, inputs): return self.parts.identity.identify(self.query(inputs))
+
     def under(
         self,
         images: torch.Tensor,
@@ -496,7 +506,7 @@ class TaskPrefixes(VisionPrompts):
     ) -> AbstractContextManager:
         """The model with the prompts of a task, or of the one that each image's un-adapted
         features point to."""
-        if task is None: tasks = self.parts.identity.identify(self.query(images))
+        if task is None: tasks = self.route_of(images)
         else: tasks = torch.full((len(images),), task)
         return prefixed(self.model, self.prompts(tasks.to(images.device)))
 
@@ -745,7 +755,23 @@ class DualPromptText(FromExperts, TextPrompts):
     def nll(self, batch):
         with self.under(self.query(batch)): return answer_nll(self.model, batch)
 
-    @torch.no_grad()
-    def predict(self, inputs, max_answer=64):
-        with self.under(self.query(self.read(inputs))):
-            return generate(self.model, self.collate, inputs, max_answer)
+# %% ../../nbs/methods/07_prompts.ipynb #76dfc6f5
+@patch
+def route_of(self: DualPromptText, inputs: Sequence[str]) -> torch.Tensor:  # (n,)
+    "The task with the nearest key, of each prompt."
+    return self.tasks_of(self.query(self.read(inputs)))
+
+
+@patch
+def predict(self: DualPromptText, inputs: Sequence[str], max_answer: int = 64) -> list[str]:
+    "Answers to prompts, each with its own expert."
+    return self.predict_as(None, inputs, max_answer)
+
+
+@patch
+@torch.no_grad()
+def predict_as(self: DualPromptText, task: int | None, inputs: Sequence[str],
+               max_answer: int = 64) -> list[str]:
+    "Answers to prompts with a task's expert; None: each with its own."
+    with self.under(self.query(self.read(inputs)), task):
+        return generate(self.model, self.collate, inputs, max_answer)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'BEFORE', 'FORMAT', 'NEEDED', 'STEPS_ALONE', 'UNCOUNTED', 'NAMES', 'NOTHING', 'STREAMS_OF', 'WHOLE', 'ABLATED',
-           'OURS', 'TEXT_PARTS', 'PARTS', 'Table', 'Recorded', 'recorded', 'same_data', 'fits_data', 'noted',
-           'read_results', 'timed', 'counted', 'table', 'parts_table', 'contest_table']
+           'OURS', 'TEXT_PARTS', 'PARTS', 'SENT', 'ROUTED', 'Table', 'Recorded', 'recorded', 'same_data', 'fits_data',
+           'noted', 'read_results', 'timed', 'counted', 'table', 'parts_table', 'contest_table', 'routing_table']
 
 # %% ../../nbs/paper/04_tables.ipynb #7f2d26da
 import json, warnings
@@ -371,3 +371,36 @@ def _kept(runs: Sequence[dict]) -> str:
     "What a method keeps of earlier tasks, the largest first."
     parts = runs[0]["memory"].get("stored", {})
     return ", ".join(sorted(parts, key=lambda p: -parts[p])) or NOTHING
+
+# %% ../../nbs/paper/04_tables.ipynb #34904e32
+def _points(share: float | None, less: float = 0.0) -> float | None:
+    "A share above another one, in points; None where none was measured."
+    return None if share is None else 100 * (share - less)
+
+# %% ../../nbs/paper/04_tables.ipynb #d25e666f
+_IDENTITY, _ORACLE = "extra.routing.mean_identity", "extra.routing.mean_oracle"
+SENT = (("OP", lambda r: 100 * r["scores"]["op"]),
+        ("sent to their task %", lambda r: _points(_part(r, _IDENTITY))),
+        ("OP (task given)", lambda r: _points(_part(r, _ORACLE))),
+        ("lost by routing", lambda r: _points(_part(r, _ORACLE), r["scores"]["op"])))
+
+# %% ../../nbs/paper/04_tables.ipynb #835635ef
+ROUTED = "A dash: the method sends inputs to no task, or was run before this was measured."
+
+
+def routing_table(
+    results: str | Path = "results",
+    stream: str = "split-digits",
+    scale: str = "quick",  # or another budget of it, such as "quick/half"
+    methods: Sequence[str] | None = None,  # None: all that were run
+) -> Table:
+    "Score, share of inputs that go to their own task, score with the task given; the best first."
+    found = read_results(results, stream, scale)
+    ours = {m: runs for m, runs in found.items() if methods is None or m in methods}
+    order = sorted(ours, key=lambda m: -np.mean([r["scores"]["op"] for r in ours[m]]))
+    n = max((len(r) for r in ours.values()), default=0)
+    rows = [[_named(m, ours[m], n), *(_ours(ours[m], pick, 2) for _, pick in SENT)] for m in order]
+    note = ROUTED if any(NOTHING in row for row in rows) else ""
+    head = ["method", *(name for name, _ in SENT)]
+    return Table(f"Routing on {stream} (scale {scale}, {n} seeds)", head, rows,
+                 _joined(noted(results, stream, scale), note))
