@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .cldr import MAX_NAME, cldr_entry, cldr_languages, cldr_names
+from .cldr import (ALIKE, MAX_NAME, blind_prompt, cldr_code, cldr_entry, cldr_languages,
+                                    cldr_names, shown_names, told_apart)
 from .scores import METRICS, score
 from ..streams import Stream, data_folders, register_stream
 
@@ -208,6 +209,7 @@ def _cldr_task(
     n_train: int,
     n_test: int,
     seed: int,
+    blind: bool,  # whether a solved pair stands in the prompt in place of the language's name
 ) -> TextTask:
     "Translation from English into one language; `ValueError` if it has too few names."
     names, title = cldr_names(language), cldr_entry(language).title
@@ -215,7 +217,9 @@ def _cldr_task(
     if len(found[0]) < n_train or len(found[1]) < n_test:
         raise ValueError(f"CLDR has {len(found[0])} names in {title} ({language}) to train with and {len(found[1])} to test with, but "
                          f"{n_train} and {n_test} are asked for; ask for fewer, or leave the language out.")
-    example = lambda c: Example(f"English: {c}\n{title}:", " " + names[c])
+    shown = shown_names(language, found[0][:n_train], found[1]) if blind else {}
+    unnamed = lambda c: blind_prompt(cldr_code(language), c, names[c], shown, seed)
+    example = lambda c: Example(unnamed(c) if blind else f"English: {c}\n{title}:", " " + names[c])
     train, test = (TextSet([example(c) for c in concepts[:n]]) for concepts, n in zip(found, (n_train, n_test)))
     return TextTask(language, train, test, "chrf", max_answer=16)
 
@@ -224,12 +228,41 @@ def cldr_stream(
     languages: Sequence[str] = CLDR_LANGUAGES,  # codes, in the order of the tasks
     n_train: int = 320,  # examples a language
     n_test: int = 60,
-    seed: int = 0,  # draws which names are for training and which for testing
+    seed: int = 0,  # draws which names are for training and which for testing, and the solved pairs
+    blind: bool = False,  # whether a solved pair stands in place of the language's name
 ) -> TextStream:
     "Translation of names from English into one language after the other; `ValueError` for an unknown language or too few names."
-    languages = tuple(code.strip() for code in languages)
-    name = "cldr" if languages == CLDR_LANGUAGES else f"cldr:{','.join(languages)}"
-    return TextStream(name, "quick", seed, [_cldr_task(code, n_train, n_test, seed) for code in languages])
+    languages, form = tuple(code.strip() for code in languages), "cldr-blind" if blind else "cldr"
+    name = form if languages == CLDR_LANGUAGES else f"{form}:{','.join(languages)}"
+    if blind: _refuse_twice(languages)
+    tasks = [_cldr_task(code, n_train, n_test, seed, blind) for code in languages]
+    stream = TextStream(name, "quick", seed, tasks)
+    if blind: _warn_of_twins(stream)
+    return stream
+
+# %% ../../nbs/learning/03_text.ipynb #1333c82e
+def _refuse_twice(languages: Sequence[str]) -> None:
+    "`ValueError` for two codes with the same names, as `iw` and `he` for Hebrew."
+    first: dict[tuple, str] = {}
+    for code in languages:
+        other = first.setdefault(tuple(sorted(cldr_names(code).items())), code)
+        if other != code:
+            raise ValueError(f"{other!r} and {code!r} have the same names, so that no prompt could "
+                             "tell which task is meant; leave one of them out.")
+
+
+def _warn_of_twins(stream: TextStream) -> None:
+    "A warning when most of a language's solved pairs read the same in another language."
+    pairs = [[e.prompt.split(" = ")[0] for e in task.test] for task in stream]
+    found = told_apart([task.name for task in stream], pairs)
+    twins = {task.name: same for task, (same, _) in zip(stream, found) if same > ALIKE}
+    if not twins: return
+    shares = ", ".join(f"{100 * share:.0f} % of {code}" for code, share in twins.items())
+    best = 100 * sum(best for _, best in found) / len(found)
+    warnings.warn(
+        f"The stream {stream.name!r} has tasks that its prompts hardly tell apart: {shares} "
+        f"read the same in another of its languages. The best guess finds the task of "
+        f"{best:.0f} % of the prompts, chance of {100 / len(found):.0f} %.", stacklevel=3)
 
 # %% ../../nbs/learning/03_text.ipynb #a723ff5b
 FAMILIES = {
@@ -417,14 +450,12 @@ def _cl_benchmark(
     return _from_folder(name, scale, seed, data_folders(root, "cl-benchmark"), places, ["train.json", "test.json", "labels.json"], _cl_task, _CL_LAYOUT)
 
 # %% ../../nbs/learning/03_text.ipynb #3b99702b
-def _cldr(
-    scale: str,
-    seed: int,
-    root: Path | None,  # unused: the names come with the package
-    languages: str = ",".join(CLDR_LANGUAGES),  # codes between commas
-) -> TextStream:
-    "The stream of translations by name."
-    return cldr_stream(languages.split(","), seed=seed)
+def _cldr_of(blind: bool) -> Callable[..., TextStream]:
+    "The builder of a stream of translations; root is unused: the names come with the package."
+    def build(scale: str, seed: int, root: Path | None,
+              languages: str = ",".join(CLDR_LANGUAGES)) -> TextStream:
+        return cldr_stream(languages.split(","), seed=seed, blind=blind)
+    return build
 
 
 def _trace_of(name: str, tasks: Sequence[str]) -> Callable[..., TextStream]:
@@ -439,6 +470,8 @@ def _cl_of(name: str, order: int) -> Callable[..., TextStream]:
     return build
 
 
-register_stream("cldr", ["quick"], _cldr, "codes of languages between commas, as in 'cldr:fr,ro,ca'")
+for _name, _blind in (("cldr", False), ("cldr-blind", True)):
+    register_stream(_name, ["quick"], _cldr_of(_blind),
+                    f"codes of languages between commas, as in '{_name}:fr,ro,ca'")
 for _name, _tasks in (("trace", tuple(TRACE)), ("math-llm", MATH_LLM)): register_stream(_name, ["quick", "small", "paper"], _trace_of(_name, _tasks))
 for _name, _order in (("long-15", 4), *((f"cl-benchmark-{i}", i) for i in CL_ORDERS)): register_stream(_name, ["quick", "small", "paper"], _cl_of(_name, _order))

@@ -24,23 +24,23 @@ from ..learning.language import IGNORED, answer_nll, generate, prompt_features
 from ..lora import Pair, row_adapters
 from .base import (PER_CLASS, AdapterMethod, Method, check_drawn, drawn, register,
                                    tensor_bytes)
-from .language import PER_TASK, LanguageAdapterMethod, Memo
+from .language import PER_TASK, LanguageAdapterMethod, RoutedText
 from .prompts import contrast
 from ..patch import patch
 from ..signature import Layout, Rows
 
 # %% ../../nbs/methods/09_selection.ipynb #8b80625a
 @register
-class HiDeLoRAText(LanguageAdapterMethod):
+class HiDeLoRAText(RoutedText):
     """HiDe's decomposition with LoRA: a prompt is answered by the adapter of the task that
     its un-adapted features point to."""
     name, paper, year = "hidelora", "Wang et al., HiDe-Prompt, NeurIPS 2023, with LoRA", 2023
-    stores = "adapters, feature moments"
+    stores, routes = "adapters, feature moments", True
 
     def __init__(self, *args, per_task: int | None = PER_TASK, **kwargs):
         super().__init__(*args, **kwargs)
         self.bank: list[torch.Tensor] = []  # (L, D) adapters, in the order of the tasks
-        self.stats, self.memo, self.per_task = FeatureStats(), Memo(), per_task
+        self.stats, self.per_task = FeatureStats(), per_task
         check_drawn("per_task", per_task)
         self.options |= {"per_task": per_task}
 
@@ -63,17 +63,11 @@ class HiDeLoRAText(LanguageAdapterMethod):
         if not self.bank:
             raise ValueError("hidelora has no adapter to answer with, because no task has "
                              "been learned; train on one first.")
-        batch = {name: x.to(self.device) for name, x in self.collate.prompt(prompts).items()}
-        return self.stats.distances(prompt_features(self.model, batch)).argmin(1)
+        return self.stats.distances(self._features(prompts)).argmin(1)
 
-    def predict(self, inputs, max_answer=64):
-        tasks = self.identify(inputs)
-        keys = [(task, max_answer) for task in tasks.tolist()]
-        own = lambda new: self._answer(tasks[new], [inputs[i] for i in new], max_answer)
-        return self.memo(keys, inputs, own)
+    def route_of(self, inputs): return self.identify(inputs)
 
-    def _answer(self, tasks: torch.Tensor, prompts: list[str], max_answer: int) -> list[str]:
-        "Answers of a batch, each prompt under its own task's adapter."
+    def _answer_by(self, tasks, prompts, max_answer):
         used, which = tasks.unique(return_inverse=True)
         adapters = torch.stack([self.bank[k] for k in used.tolist()])
         pairs = self.layout.pairs(adapters.to(self.device))
