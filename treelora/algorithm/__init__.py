@@ -18,6 +18,7 @@ from ..engine.device import bytes_of
 from ..engine.options import VARIANTS
 from ..engine.signals import loss_now
 from ..engine.store import Store
+from ..engine.task import TaskInProgress
 from ..lora import lora_layers
 from ..signature import Layout
 
@@ -78,6 +79,7 @@ def look(
     now = self._open()
     if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
     if not now.searching: return False
+    if now.race is not None: return self._look_at_start(now, loss)
     arm, batch = now.next_look()
     with self.live.under(torch.tensor([arm])): seen = loss_now(lambda: loss(batch))
     now.saw(arm, seen.item())
@@ -91,6 +93,19 @@ def found(self: TreeLoRA) -> dict | None:
     "What the search for the branch of this task, or of the last one, has found; None without one."
     now = self._now or self.last
     return now and now.found
+
+# %% ../../nbs/engine/23_afterwards.ipynb #28c6cf34
+@patch
+def _look_at_start(self: TreeLoRA, now: TaskInProgress, loss: Callable) -> bool:
+    "A look of the race; returns whether it goes on."
+    start, batch = now.race.next_look()
+    before = self.live.read()
+    self.live.write(self.starts_of.adapter(start, self.initial))
+    try: seen = loss_now(lambda: loss(batch))
+    finally: self.live.write(before)
+    now.race.saw(start, seen.item())
+    if now.race.chosen is not None: self._settle(now)
+    return now.searching
 
 # %% ../../nbs/engine/23_afterwards.ipynb #8662aa99
 @patch

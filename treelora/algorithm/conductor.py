@@ -24,6 +24,7 @@ from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
 from ..engine.signals import SIGNALS
+from ..engine.starts import Race, Start, Starts
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
 from ..lora import lora_layers
@@ -53,6 +54,7 @@ class TreeLoRA:
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
         self.router = Router(model, self.bank, o.adapter)
         self.stats, self.initial = self.router.stats, self.live.read()
+        self.starts_of = Starts(self.bank)
         self.store = Store(self.layout, self.bank, self.stats, self.live)
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
@@ -106,6 +108,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
     after = self._after_optimizer
     hook = register_optimizer_step_post_hook(after) if self.pull.after else None
     try:
+        if self._now.race and not self._now.searching: self._settle(self._now)  # one start only
         if paused is not None: paused.go_on(self._now, self.live)
         yield self
         self._end(self._now)
@@ -125,10 +128,19 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     signature, n, o = get_signature(self.options.signature)(self.layout, self.live.device), len(self.bank), self.options
     signature.begin(self.params)
     width = 1 if self.seen.one_for_all else self.layout.n_layers
-    search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n else None
+    race = self._race() if n and o.races else None
+    search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n and race is None else None
     wanted = min(2 * n, 64) if o.search_rounds is None else o.search_rounds
     late = self.live.device.type == "cuda"
-    return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late))
+    return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late), race=race)
+
+# %% ../../nbs/core/07_algorithm.ipynb #5a8d06e9
+@patch
+def _race(self: TreeLoRA) -> Race:
+    "A race of starts of several kinds."
+    n, most = len(self.bank), self.options.search_rounds
+    self.starts_of.forget(self.tree)
+    return Race(self.starts, self.tree, self.bank.starts, min(2 * n, 64) if most is None else most)
 
 # %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
 @patch
@@ -144,6 +156,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
         self.bank.drop()
         raise
     for kept, gone in merges: self.bank.merge(kept, gone)
+    if self.options.races: self._keep_start(now)
     if self.bank.folder is not None and self.tree.budget is None:  # the rows are shared
         self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
     self.stats.add(now.stats)
@@ -185,13 +198,14 @@ def step(
     Raises ValueError outside a task, before `backward`, and for NaN or infinite gradients
     (on a GPU, one round later); then nothing is recorded."""
     now = self._open()
+    now.check_started()
     grads = self._grads()
     norms = self._norms(now, grads)
     seen = self._observe(now, grads, loss) if now.observes else None
     self._record(now, grads)
     if seen: now.learn(*seen)
     if now.searching: self._hold(now, grads)
-    elif now.search is not None:
+    elif now.arms is not None:
         if (share := self.options.top_fraction) is not None: keep_top_(grads, share)
         self.pull.before_step(now, grads, loss, norms)
 
@@ -231,9 +245,21 @@ def _compared(self: TreeLoRA, now: TaskInProgress, grads, arms, loss, seen) -> t
 @patch
 def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
     "The search for the branch is over: the adapter becomes the branch's."
-    now.settle()
-    self.live.become(now.arms)
+    if now.race is None:
+        now.settle()
+        self.live.become(now.arms)
+    else:
+        branch = now.race.branch()
+        now.arms = None if branch is None else torch.tensor([branch])
+        self.live.write(self.starts_of.adapter(now.race.start, self.initial))
     now.signature.begin(self.params)
+
+# %% ../../nbs/core/07_algorithm.ipynb #45b9bae3
+@patch
+def _keep_start(self: TreeLoRA, now: TaskInProgress) -> None:
+    "Write down where a task started."
+    start = Start("fresh") if now.race is None else now.race.start
+    self.bank.starts[now.name] = start.plain()
 
 # %% ../../nbs/core/07_algorithm.ipynb #7fc5a54b
 @patch
