@@ -49,12 +49,11 @@ class TreeLoRA:
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
         self.model, self.layout = model, Layout(lora_layers(model, o.adapter))
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder), TaskTree(o.split, o.depth, o.budget)
-        self.live = ModelAdapter(self.layout, self.bank, o.cache)
+        self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
         self.router = Router(model, self.bank, o.adapter)
         self.stats, self.initial = self.router.stats, self.live.read()
-        self.starts_of = Starts(self.bank)
         self.store = Store(self.layout, self.bank, self.stats, self.live)
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
@@ -108,7 +107,6 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
     after = self._after_optimizer
     hook = register_optimizer_step_post_hook(after) if self.pull.after else None
     try:
-        if self._now.race and not self._now.searching: self._settle(self._now)  # one start only
         if paused is not None: paused.go_on(self._now, self.live)
         yield self
         self._end(self._now)
@@ -132,7 +130,9 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n and race is None else None
     wanted = min(2 * n, 64) if o.search_rounds is None else o.search_rounds
     late = self.live.device.type == "cuda"
-    return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late), race=race)
+    now = TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late), race=race)
+    if race is not None and not now.searching: self._settle(now)  # there was nothing to choose
+    return now
 
 # %% ../../nbs/core/07_algorithm.ipynb #5a8d06e9
 @patch

@@ -78,7 +78,7 @@ def vector(self: Starts, task: str, initial: torch.Tensor) -> torch.Tensor:  # (
         if plain: return total
         task, weight = start.tasks[1], -weight * start.share
 
-# %% ../../nbs/engine/29_starts.ipynb #303c6c25
+# %% ../../nbs/engine/29_starts.ipynb #80f954c0
 @patch
 def node(self: Starts, tasks: tuple[str, ...]) -> torch.Tensor:  # (L, D)
     "The merged adapter of some tasks, made once."
@@ -88,14 +88,14 @@ def node(self: Starts, tasks: tuple[str, ...]) -> torch.Tensor:  # (L, D)
         self.merged[tasks] = self.bank.mean_adapter(adapters, list(slots.values()))
     return self.merged[tasks]
 
-
+# %% ../../nbs/engine/29_starts.ipynb #92fc4fd6
 @patch
 def forget(self: Starts, tree: TaskTree) -> None:
     "Drop the merged adapters of nodes that the tree no longer has."
     here = {tuple(tree._names(node)) for node in tree._walk(tree.root) if node.children}
     self.merged = {tasks: x for tasks, x in self.merged.items() if tasks in here}
 
-# %% ../../nbs/engine/29_starts.ipynb #c9859350
+# %% ../../nbs/engine/29_starts.ipynb #0b78f9e7
 class Race:
     "The search for a start among several kinds, by losses on the same batches."
     chosen: int | None = None  # which of `starts`, when it is over
@@ -113,24 +113,28 @@ class Race:
         only = self._all()
         if len(only) == 1: self.starts, self.chosen = only, 0  # nothing to compare
 
-    @property
-    def looked(self) -> int:
-        "Looks so far."
-        return sum(map(len, self.looks.losses.values()))
+# %% ../../nbs/engine/29_starts.ipynb #532aa1bf
+@patch
+@property
+def looked(self: Race) -> int:
+    "Looks so far."
+    return sum(map(len, self.looks.losses.values()))
 
-    @property
-    def start(self) -> Start:
-        "What was chosen."
-        return self.starts[self.chosen]
 
-# %% ../../nbs/engine/29_starts.ipynb #35d8964c
+@patch
+@property
+def start(self: Race) -> Start:
+    "What was chosen."
+    return self.starts[self.chosen]
+
+# %% ../../nbs/engine/29_starts.ipynb #46aea5fa
 @patch
 def _first(self: Race, start: Start) -> float | None:
     "A start's loss on the first batch; None where nobody looked."
     if start not in self.starts: return None
     return self.looks.losses[self.starts.index(start)][0]
 
-
+# %% ../../nbs/engine/29_starts.ipynb #9074c1b1
 @patch
 def _apart(self: Race) -> list[Start]:
     "The starts that lie outside the tree."
@@ -146,7 +150,7 @@ def _at(self: Race, node: Node) -> list[Start]:
     doubled = Start("leaf", (self.tree.tasks[-1],)) if "last" in self.kinds else None
     return [s for s in found if s.kind in self.kinds and s != doubled]
 
-
+# %% ../../nbs/engine/29_starts.ipynb #40681dea
 @patch
 def _vectors(self: Race) -> list[Start]:
     "The changes to try: of the two best leaves; without leaves, of all, the latest first."
@@ -158,14 +162,14 @@ def _vectors(self: Race) -> list[Start]:
         known = sorted((t for t in known if first[t] is not None), key=first.get)[:2]
     return [Start("vector", (last, t), SHARE) for t in known]
 
-
+# %% ../../nbs/engine/29_starts.ipynb #05b199ff
 @patch
 def _all(self: Race) -> list[Start]:
     "All starts but for vectors that wait for their leaves."
     nodes = self.tree._walk(self.tree.root)
     return self._apart() + [s for n in nodes for s in self._at(n)] + self._vectors()
 
-# %% ../../nbs/engine/29_starts.ipynb #91dd9d4b
+# %% ../../nbs/engine/29_starts.ipynb #516aaa65
 @patch
 def _rank(self: Race, node: Node, above: float) -> float:
     "When a node's turn comes: at once if it waits for a look, else in the order of losses."
@@ -173,7 +177,7 @@ def _rank(self: Race, node: Node, above: float) -> float:
     if None in losses: return -math.inf
     return min(losses, default=above)
 
-
+# %% ../../nbs/engine/29_starts.ipynb #6c1a8914
 @patch
 def _descend(self: Race) -> Start | None:
     "The next start of the tree: below the best node that is open."
@@ -187,7 +191,7 @@ def _descend(self: Race) -> Start | None:
         below = self.tree._children(node) if node.children else ()
         ready += [(self._rank(n, rank), 2 * count + i, n) for i, n in enumerate(below)]
 
-# %% ../../nbs/engine/29_starts.ipynb #35ce459c
+# %% ../../nbs/engine/29_starts.ipynb #0b684b6f
 @patch
 def _unseen(self: Race) -> Start | None:
     "The start that gets its first look now; None when the leading two go on."
@@ -200,7 +204,7 @@ def _unseen(self: Race) -> Start | None:
     vectors = [s for s in self._vectors() if s not in self.starts]
     return vectors[0] if vectors else self._descend()
 
-
+# %% ../../nbs/engine/29_starts.ipynb #4eb53086
 @patch
 def next_look(self: Race) -> tuple[Start, int]:  # start, batch
     "Whom to look at, on which batch."
@@ -225,7 +229,7 @@ def saw(self: Race, start: Start, loss: float) -> None:
     seen.append(loss)
     if self.looked >= self.most: self.chosen = self.looks.best()
 
-# %% ../../nbs/engine/29_starts.ipynb #1c86f556
+# %% ../../nbs/engine/29_starts.ipynb #ed261673
 @patch
 def branch(self: Race) -> int | None:
     "The task that the pull draws to, by its place among the earlier ones; None: no task."
@@ -236,7 +240,7 @@ def branch(self: Race) -> int | None:
     best = min(leaves, key=lambda t: math.inf if leaves[t] is None else leaves[t])
     return tasks.index(best)
 
-
+# %% ../../nbs/engine/29_starts.ipynb #912e9795
 @patch
 def found(self: Race) -> dict:
     "The start, its kind and its branch; looks (`rounds`) and comparable loss of all starts."
