@@ -145,3 +145,24 @@ def test_the_vision_form_takes_starts():
     assert [sum(b["rounds"].values()) for b in branches] == [0, 4, 6]
     assert {b["kind"] for b in branches} <= set(KINDS) and loop.steps == [6] * 4
     assert method.options["starts"] == ["leaf", "node", "last", "vector"]
+
+
+def test_starts_of_a_language_model_are_measured_and_not_again(tmp_path, tiny_language):
+    from test_language import tiny_stream
+    from treelora.experiments.starts import Bench, measure_starts
+    from treelora.learning.language import add_adapters
+    def bench():
+        model, tokenizer = tiny_language()
+        return Bench(add_adapters(model.requires_grad_(False), r=2, alpha=4), tokenizer, tiny_stream(), 100, steps=2, lr=0.01)
+    path, names = tmp_path / "starts" / "measured.json", ["task-0", "task-1"]
+    measure_starts(bench(), names, "task-2", path, most=3)
+    rows = json.loads(path.read_text())
+    first = {r["start"]: sum(r["first"]) for r in rows if r["what"] == "first"}
+    trained = [r for r in rows if r["what"] == "start" and r["task"] == "task-2"]
+    assert {"last", "fresh", "leaf task-0", "last + 0.5 task-0", "merged task-0+task-1", "last, low third of task-0"} <= set(first)
+    assert [r["start"] for r in trained] == sorted(first, key=first.get)[:3] and all(set(r["nll"]) == {"0", "2"} for r in trained)
+    assert [r["start"] for r in rows if r["task"] in names] == ["fresh", "last"]
+    path.write_text(json.dumps(rows[:-1]))          # as if the last one had been cut off
+    measure_starts(bench(), names, "task-2", path, most=3)
+    again = json.loads(path.read_text())
+    assert again == rows
