@@ -83,7 +83,7 @@ def test_a_race_spends_its_looks_and_no_more(n, most, kinds, seed):
     tree, true = TaskTree(), {}
     for k in range(n): tree.insert(f"t{k}", torch.randn(3, 2, generator=g))
     new = lambda: Race(tuple(kinds), tree, dict.fromkeys(tree.tasks), most)
-    if not new()._all(): return
+    if not list(new()._all()): return
     batches, race = torch.randn(most, generator=g).tolist(), new()
     while race.chosen is None:
         start, i = race.next_look()
@@ -166,3 +166,11 @@ def test_starts_of_a_language_model_are_measured_and_not_again(tmp_path, tiny_la
     measure_starts(bench(), names, "task-2", path, most=3)
     again = json.loads(path.read_text())
     assert again == rows
+
+
+def test_the_language_form_takes_starts(tiny_language):
+    from test_language import tiny_run
+    result = tiny_run(tiny_language, "treelora-branch", starts=("leaf", "last", "vector"))
+    branches = result.as_dict()["extra"]["branches"]
+    assert [b["task"] for b in branches] == ["task-1", "task-2"] and all(b["kind"] in ("leaf", "last", "vector") for b in branches)
+    json.dumps(branches)

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SHARE', 'Start', 'Starts', 'Race']
 
-# %% ../../nbs/engine/29_starts.ipynb #4e6aa5fb
+# %% ../../nbs/engine/29_starts.ipynb #b7d0a4c4
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -88,14 +90,14 @@ def node(self: Starts, tasks: tuple[str, ...]) -> torch.Tensor:  # (L, D)
         self.merged[tasks] = self.bank.mean_adapter(adapters, list(slots.values()))
     return self.merged[tasks]
 
-# %% ../../nbs/engine/29_starts.ipynb #92fc4fd6
+# %% ../../nbs/engine/29_starts.ipynb #1c8fa9c2
 @patch
 def forget(self: Starts, tree: TaskTree) -> None:
     "Drop the merged adapters of nodes that the tree no longer has."
-    here = {tuple(tree._names(node)) for node in tree._walk(tree.root) if node.children}
-    self.merged = {tasks: x for tasks, x in self.merged.items() if tasks in here}
+    here = lambda tasks: list(tasks) in tree.path(tasks[0])
+    self.merged = {tasks: x for tasks, x in self.merged.items() if here(tasks)}
 
-# %% ../../nbs/engine/29_starts.ipynb #0b78f9e7
+# %% ../../nbs/engine/29_starts.ipynb #f24bdf8c
 class Race:
     "The search for a start among several kinds, by losses on the same batches."
     chosen: int | None = None  # which of `starts`, when it is over
@@ -110,7 +112,7 @@ class Race:
         self.kinds, self.tree, self.begun, self.most = kinds, tree, begun, most
         self.starts: list[Start] = []  # that were looked at, in this order
         self.looks = PairedLooks()
-        only = self._all()
+        only = list(islice(self._all(), 2))
         if len(only) == 1: self.starts, self.chosen = only, 0  # nothing to compare
 
 # %% ../../nbs/engine/29_starts.ipynb #532aa1bf
@@ -162,12 +164,13 @@ def _vectors(self: Race) -> list[Start]:
         known = sorted((t for t in known if first[t] is not None), key=first.get)[:2]
     return [Start("vector", (last, t), SHARE) for t in known]
 
-# %% ../../nbs/engine/29_starts.ipynb #05b199ff
+# %% ../../nbs/engine/29_starts.ipynb #cfb66141
 @patch
-def _all(self: Race) -> list[Start]:
+def _all(self: Race) -> Iterator[Start]:
     "All starts but for vectors that wait for their leaves."
-    nodes = self.tree._walk(self.tree.root)
-    return self._apart() + [s for n in nodes for s in self._at(n)] + self._vectors()
+    yield from self._apart()
+    for node in self.tree._walk(self.tree.root): yield from self._at(node)
+    yield from self._vectors()
 
 # %% ../../nbs/engine/29_starts.ipynb #516aaa65
 @patch
