@@ -24,7 +24,7 @@ from ..patch import patch
 from ..signature import Layout, get_signature
 from ..tree import TaskTree
 
-# %% ../../nbs/experiments/12_starts.ipynb #ebb2eafb
+# %% ../../nbs/experiments/12_starts.ipynb #34e65d21
 def load_starts(results: str | Path) -> list[dict]:
     "All records of starts: of kind `first`, `start` and `tree` (`what`)."
     return json.loads((Path(results) / "starts" / "measured.json").read_text())
@@ -37,7 +37,8 @@ def measured(
 ) -> dict[str, dict]:  # start -> first loss and loss after 0 and 40 steps, the best one first
     "The starts of a task that were trained from."
     own = [r for r in rows if r["task"] == task and r["seed"] == seed]
-    first = {r["start"]: sum(r["first"]) / len(r["first"]) for r in own if r["what"] == "first"}
+    first = {r["start"]: sum(r["first"]) / len(r["first"])
+             for r in own if r["what"] == "first"}
     found = {r["start"]: {"first": first.get(r["start"])} | r["nll"]
              for r in own if r["what"] == "start"}
     return dict(sorted(found.items(), key=lambda x: x[1]["40"]))
@@ -64,7 +65,7 @@ class Bench:
         "The context of a forward pass."
         return torch.autocast(self.live.device.type, torch.bfloat16, self.precision == "bf16")
 
-# %% ../../nbs/experiments/12_starts.ipynb #dbe2f342
+# %% ../../nbs/experiments/12_starts.ipynb #d7e5d8e8
 @patch
 @torch.no_grad()
 def test_loss(self: Bench, task: str) -> float:
@@ -74,8 +75,8 @@ def test_loss(self: Bench, task: str) -> float:
     for batch in self.stream.loader(task, "test", 32, collate=self.collate):
         with self.cast(): logits, labels = answer_logits(self.model, batch)
         labels, kept = labels.flatten(), int((labels != IGNORED).sum())
-        total += F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED).item() * kept
-        n += kept
+        mean = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED)
+        total, n = total + mean.item() * kept, n + kept
     return total / n
 
 
@@ -87,7 +88,7 @@ def batches(self: Bench, task: str):
                                 collate=self.collate)
     while True: yield from loader
 
-# %% ../../nbs/experiments/12_starts.ipynb #fd0adc05
+# %% ../../nbs/experiments/12_starts.ipynb #e62a60cf
 @patch
 @torch.no_grad()
 def first(self: Bench, task: str, adapter: torch.Tensor, n: int = 2) -> list[float]:
@@ -95,7 +96,8 @@ def first(self: Bench, task: str, adapter: torch.Tensor, n: int = 2) -> list[flo
     self.live.write(adapter)
     self.model.eval()
     with self.cast():
-        return [answer_loss(self.model, b).item() for _, b in zip(range(n), self.batches(task))]
+        return [answer_loss(self.model, batch).item()
+                for _, batch in zip(range(n), self.batches(task))]
 
 
 @patch
@@ -132,13 +134,14 @@ def chain(self: Bench, tasks: list[str]) -> list[dict]:
         self.tree.insert(task, [r[:n] for r, n in zip(rows, self.layout.sizes)][::-1])
     return found
 
-# %% ../../nbs/experiments/12_starts.ipynb #050f79a7
+# %% ../../nbs/experiments/12_starts.ipynb #c241fca9
 @patch
 def candidates(self: Bench) -> dict[str, torch.Tensor]:  # name -> (L, D)
     "Starts of the task after the chain, and plain means of adapters beside them."
     *others, newest = names = self.tree.tasks
     make = lambda *recipe: self.starts.adapter(Start(*recipe), self.initial)
-    last, nodes = make("last", (newest,)), [n for n in self.tree._walk(self.tree.root) if n.children]
+    last = make("last", (newest,))
+    nodes = [n for n in self.tree._walk(self.tree.root) if n.children]
     found = {"last": last, "fresh": self.initial}
     for t in others:
         found[f"leaf {t}"] = own = make("leaf", (t,))
@@ -161,7 +164,7 @@ def thirds(self: Bench, task: str) -> dict[str, torch.Tensor]:  # name -> (L, D)
         mixed[rows] = other[rows]
     return found
 
-# %% ../../nbs/experiments/12_starts.ipynb #dade6e98
+# %% ../../nbs/experiments/12_starts.ipynb #051c122b
 class Records:
     "A list of records in a file that is whole at any time."
 
@@ -178,10 +181,11 @@ class Records:
         "The record that is there, or what `measure` gives, written down."
         if (old := self.get(what, task, start)) is not None: return old
         self.rows.append(self.mark | {"what": what, "task": task, "start": start} | measure())
-        replace_file(self.path, ("[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n").encode())
+        text = ",\n".join(map(json.dumps, self.rows))
+        replace_file(self.path, f"[\n{text}\n]\n".encode())
         return self.rows[-1]
 
-# %% ../../nbs/experiments/12_starts.ipynb #47065e83
+# %% ../../nbs/experiments/12_starts.ipynb #c4a713c8
 def measure_starts(
     bench: Bench,  # new
     earlier: list[str],  # tasks of the chain
@@ -190,7 +194,8 @@ def measure_starts(
     most: int = 8,  # from how many starts to train: those with the lowest first losses
 ) -> None:
     "Look at all starts of a task, and train from the best of them."
-    records = Records(path, seed=bench.seed, precision=bench.precision, data=bench.stream.sha256)
+    records = Records(path, seed=bench.seed, precision=bench.precision,
+                      data=bench.stream.sha256)
     for name, record in zip(earlier, bench.chain(earlier)):
         records.keep("start", name, record["start"], lambda: record)
     starts, first = bench.candidates(), {}
