@@ -134,13 +134,14 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     if race is not None and not now.searching: self._settle(now)  # there was nothing to choose
     return now
 
-# %% ../../nbs/core/07_algorithm.ipynb #5a8d06e9
+# %% ../../nbs/core/07_algorithm.ipynb #87360d01
 @patch
 def _race(self: TreeLoRA) -> Race:
     "A race of starts of several kinds."
-    n, most = len(self.bank), self.options.search_rounds
+    most = self.options.search_rounds
+    if most is None: most = min(2 * len(self.bank), 64)
     self.starts_of.forget(self.tree)
-    return Race(self.starts, self.tree, self.bank.starts, min(2 * n, 64) if most is None else most)
+    return Race(self.starts, self.tree, self.bank.starts, most)
 
 # %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
 @patch

@@ -59,10 +59,11 @@ class Options:
         check_search(self.search), get_signature(self.signature)
         for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
 
-# %% ../../nbs/engine/22_options.ipynb #22cc17ac
+# %% ../../nbs/engine/22_options.ipynb #87d824c2
 @patch
 def _check_starts(self: Options) -> None:
-    "Make the starts a tuple. Raises ValueError for unknown ones, or where none are looked for."
+    """Make the starts a tuple. Raises ValueError for unknown ones, and where none are looked
+    for."""
     object.__setattr__(self, "starts", tuple(self.starts))  # a file has a list
     for kind in self.starts: one_of("start", kind, KINDS)
     if not self.starts: raise ValueError("starts=() leaves nothing to start from.")
