@@ -80,6 +80,7 @@ def look(
     now = self._open()
     if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
     if not now.searching: return False
+    if now.race is not None: return self._look_at_start(now, loss)
     arm, batch = now.next_look()
     with self.live.under(torch.tensor([arm])): seen = loss_now(lambda: loss(batch))
     now.saw(arm, seen.item())
@@ -93,6 +94,19 @@ def found(self: TreeLoRA) -> dict | None:
     "What the search for the branch of this task, or of the last one, has found; None without one."
     now = self._now or self.last
     return now and now.found
+
+# %% ../../nbs/engine/23_afterwards.ipynb #28c6cf34
+@patch
+def _look_at_start(self: TreeLoRA, now: TaskInProgress, loss: Callable) -> bool:
+    "A look of the race; returns whether it goes on."
+    start, batch = now.race.next_look()
+    before = self.live.read()
+    self.live.write(self.starts_of.adapter(start, self.initial))
+    try: seen = loss_now(lambda: loss(batch))
+    finally: self.live.write(before)
+    now.race.saw(start, seen.item())
+    if now.race.chosen is not None: self._settle(now)
+    return now.searching
 
 # %% ../../nbs/engine/23_afterwards.ipynb #4b165154
 @patch

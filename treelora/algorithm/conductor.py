@@ -24,6 +24,7 @@ from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
 from ..engine.signals import SIGNALS
+from ..engine.starts import Race, Start, Starts
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
 from ..lora import lora_layers
@@ -48,7 +49,7 @@ class TreeLoRA:
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
         self.model, self.layout = model, Layout(lora_layers(model, o.adapter))
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder), TaskTree(o.split, o.depth, o.budget)
-        self.live = ModelAdapter(self.layout, self.bank, o.cache)
+        self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
         self.router = Router(model, self.bank, o.adapter)
@@ -125,10 +126,22 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     signature, n, o = get_signature(self.options.signature)(self.layout, self.live.device), len(self.bank), self.options
     signature.begin(self.params)
     width = 1 if self.seen.one_for_all or o.refers else self.layout.n_layers
-    search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n else None
+    race = self._race() if n and o.races else None
+    search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n and race is None else None
     wanted = min(2 * n, 64) if o.search_rounds is None else o.search_rounds
     late = self.live.device.type == "cuda"
-    return TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late))
+    now = TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late), race=race)
+    if race is not None and not now.searching: self._settle(now)  # there was nothing to choose
+    return now
+
+# %% ../../nbs/core/07_algorithm.ipynb #87360d01
+@patch
+def _race(self: TreeLoRA) -> Race:
+    "A race of starts of several kinds."
+    most = self.options.search_rounds
+    if most is None: most = min(2 * len(self.bank), 64)
+    self.starts_of.forget(self.tree)
+    return Race(self.starts, self.tree, self.bank.starts, most)
 
 # %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
 @patch
@@ -144,6 +157,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
         self.bank.drop()
         raise
     for kept, gone in merges: self.bank.merge(kept, gone)
+    if self.options.races: self._keep_start(now)
     if self.bank.folder is not None and self.tree.budget is None:  # the rows are shared
         self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
     self.stats.add(now.stats)
@@ -185,6 +199,7 @@ def step(
     Raises ValueError outside a task, before `backward`, and for NaN or infinite gradients
     (on a GPU, one round later); then nothing is recorded."""
     now = self._open()
+    now.check_started()
     now.signature.check()
     grads = self._grads()
     norms = self._norms(now, grads)
@@ -192,7 +207,7 @@ def step(
     self._record(now, grads)
     if seen: now.learn(*seen)
     if now.searching: self._hold(now, grads)
-    elif now.search is not None:
+    elif now.arms is not None:
         if (share := self.options.top_fraction) is not None: keep_top_(grads, share)
         self.pull.before_step(now, grads, loss, norms)
 
@@ -232,9 +247,21 @@ def _compared(self: TreeLoRA, now: TaskInProgress, grads, arms, loss, seen) -> t
 @patch
 def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
     "The search for the branch is over: the adapter becomes the branch's."
-    now.settle()
-    self.live.become(now.arms)
+    if now.race is None:
+        now.settle()
+        self.live.become(now.arms)
+    else:
+        branch = now.race.branch()
+        now.arms = None if branch is None else torch.tensor([branch])
+        self.live.write(self.starts_of.adapter(now.race.start, self.initial))
     now.signature.begin(self.params)
+
+# %% ../../nbs/core/07_algorithm.ipynb #45b9bae3
+@patch
+def _keep_start(self: TreeLoRA, now: TaskInProgress) -> None:
+    "Write down where a task started."
+    start = Start("fresh") if now.race is None else now.race.start
+    self.bank.starts[now.name] = start.plain()
 
 # %% ../../nbs/core/07_algorithm.ipynb #7fc5a54b
 @patch

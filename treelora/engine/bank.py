@@ -101,6 +101,7 @@ class Bank:
         self.layout, self.names, self.folder = layout, [], folder
         self.slot = torch.empty(0, dtype=torch.long)  # (N,) where each task's rows are
         self.weight: list[int] = []  # how many tasks each slot stands for
+        self.starts: dict[str, list] = {}  # where tasks started, where that is kept: see `engine.starts`
         shape = layout.n_layers, layout.width
         self._blocks = {kind: Block(shape) if folder is None else FileBlock(shape, folder) for kind in ("adapters", "signatures")}
 
@@ -135,7 +136,8 @@ def add(self: Bank, name: str, signature: torch.Tensor, adapter: torch.Tensor) -
 @patch
 def drop(self: Bank) -> None:
     "Forget the task that was added last, unless it was merged since."
-    self.names.pop(), self.weight.pop()
+    self.weight.pop()
+    self.starts.pop(self.names.pop(), None)
     self.slot = self.slot[:-1]
 
 
@@ -177,7 +179,7 @@ def merge(self: Bank, kept: str, gone: str) -> None:
     "Let two tasks share a slot: weighted mean signature, best rank-r approximation of the mean adapter."
     a, b = (int(self.slot[self.names.index(n)]) for n in (kept, gone))
     w = [self.weight[a], self.weight[b]]
-    self.adapters[a] = self._mean_adapter(self.adapters[a], self.adapters[b], w)
+    self.adapters[a] = self.mean_adapter([self.adapters[a], self.adapters[b]], w)
     self.signatures[a] = (w[0] * self.signatures[a] + w[1] * self.signatures[b]) / sum(w)
     for block in (self.adapters, self.signatures):  # close the gap in place
         for i in range(b, len(self.weight) - 1): block[i] = block[i + 1]
@@ -187,13 +189,18 @@ def merge(self: Bank, kept: str, gone: str) -> None:
 
 
 @patch
-def _mean_adapter(self: Bank, x: torch.Tensor, y: torch.Tensor, weights: list[int]) -> torch.Tensor:
-    "The merged adapter of two, layer by layer and part by part."
-    merged = torch.zeros_like(x)
-    views = [self.layout.views(m) for m in (x, y, merged)]
-    for (Ax, Ay, Am), (Bx, By, Bm) in zip(zip(*(v[::2] for v in views)), zip(*(v[1::2] for v in views))):
-        for pair, target in zip(zip(_parts(Ax, Bx), _parts(Ay, By)), _parts(Am, Bm)):
-            for new, old in zip(merge_lora(pair, weights), target): old.copy_(new)
+def mean_adapter(
+    self: Bank,
+    adapters: list[torch.Tensor],  # (L, D) each
+    weights: list[int],  # how many tasks each stands for
+) -> torch.Tensor:  # (L, D)
+    "The merged adapter of several, layer by layer and part by part."
+    merged = torch.zeros_like(adapters[0])
+    views = [self.layout.views(m) for m in (*adapters, merged)]
+    for i in range(0, len(views[0]), 2):
+        *parts, target = [_parts(v[i], v[i + 1]) for v in views]
+        for pairs, into in zip(zip(*parts), target):
+            for new, old in zip(merge_lora(pairs, weights), into): old.copy_(new)
     return merged
 
 
@@ -205,7 +212,8 @@ def _parts(A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.T
 @patch
 def pack(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into JSON, and the tensors
     "Names and slots, and the blocks, uncopied."
-    return ({"names": list(self.names), "slot": self.slot.tolist(), "weight": list(self.weight)},
+    starts = {"starts": dict(self.starts)} if self.starts else {}
+    return ({"names": list(self.names), "slot": self.slot.tolist(), "weight": list(self.weight)} | starts,
             {"adapters": self.adapters, "signatures": self.signatures})
 
 
@@ -213,4 +221,5 @@ def pack(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into 
 def unpack(self: Bank, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
     "Be what `pack` described; blocks that are mapped from a file stay mapped."
     self.names, self.slot, self.weight = plain["names"], torch.tensor(plain["slot"], dtype=torch.long), plain["weight"]
+    self.starts = dict(plain.get("starts", {}))
     for kind, block in self._blocks.items(): block.take(tensors[kind])

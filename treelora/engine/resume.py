@@ -43,6 +43,7 @@ def task_state(
              "scatter": now.stats.scatter, "picks": stacked(now.picks), "means": stacked(list(now.stats.means.values())),
              "norms": stacked([x for x, _ in _waiting(now.norms)]), "losses": stacked([x for x, _ in _waiting(now.losses)]),
              "losses.arms": stacked([arms for _, arms in _waiting(now.losses)])}
+    if now.race is not None: plain["race"] = now.race.state()
     if now.signature.start is not None: found["start"] = Rows(model.layout).load_(now.signature.start).matrix
     if now.search is not None: found |= {f"search.{k}": x for k, x in _tensors_of(now.search).items()} | {"search.rng": now.search.rng.get_state()}
     return plain, {k: x.detach().cpu().contiguous().clone() for k, x in found.items() if x is not None}
@@ -70,6 +71,7 @@ def restore_task(
     now.scale, now.held = tensors.get("scale"), plain.get("held", 0)
     now.looked = plain.get("looked", now.round)  # older states counted both as rounds
     now.paired.restore(plain.get("paired", []))
+    if now.race is not None: now.race.restore(plain["race"])
     stats.unpack(plain["groups"], tensors)
     now.norms.waiting = [(x, None, t) for x, t in zip(tensors.get("norms", ()), plain["norms"])]
     now.losses.waiting = [(x, None, arms) for x, arms in zip(tensors.get("losses", ()), tensors.get("losses.arms", ()))]

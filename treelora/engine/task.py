@@ -104,6 +104,7 @@ class TaskInProgress:
     looked: int = 0  # how often the search has looked
     held: int = 0  # steps that only looked for the branch, with the adapter held still
     paired: PairedLooks = field(default_factory=PairedLooks)  # looks before the first step
+    race: object = None  # a `Race` of starts of several kinds, in place of a search
 
     @property
     def recent(self) -> bool:
@@ -113,6 +114,7 @@ class TaskInProgress:
     @property
     def searching(self) -> bool:
         "Whether the branch is still looked for."
+        if self.race is not None: return self.race.chosen is None
         return self.search is not None and self.search_rounds > 0 and self.arms is None
 
     @property
@@ -188,6 +190,14 @@ def settle(self: TaskInProgress) -> None:
     for seen, then in self.losses.flush(): self.tell(then, seen.double())
     self.arms = self.search.best() if self.held else torch.tensor([self.paired.best()])
 
+# %% ../../nbs/engine/16_task.ipynb #2f0e88f6
+@patch
+def check_started(self: TaskInProgress) -> None:
+    "Raise ValueError for a step before a race of starts is over."
+    if self.race is None or not self.searching: return
+    raise ValueError(f"Task {self.name!r} has not found its start; with starts of several kinds "
+                     "write `while tl.look(loss): pass` before the first step.")
+
 # %% ../../nbs/engine/16_task.ipynb #4734df82
 @patch
 @property
@@ -198,6 +208,8 @@ def found(self: TaskInProgress) -> dict | None:
     The losses can be compared: the branch's is its mean over the batches that it has seen;
     another task's is that, and by how much worse it was on the batches that both have seen.
     After a search in steps they are mean differences to the earliest task on the same batches."""
+    if self.race is not None:
+        return None if self.searching else {"task": self.name} | self.race.found()
     if self.search is None or self.search_rounds == 0 or self.arms is None: return None
     earlier, branch = list(self.search.nodes.index), int(self.arms[0])
     losses = self._differences() if self.held else self.paired.levelled(branch)

@@ -126,9 +126,11 @@ class WithTree(TrainsWithTree):
 
     def stored(self):
         bank, features = self.tl.bank, self.tl.stats.stored_bytes
+        merged = tensor_bytes(self.tl.starts_of.merged.values())
         return super().stored() | {"adapters": tensor_bytes([bank.adapters]),
                                    "signatures": tensor_bytes([bank.signatures]),
                                    "tree": _tree_bytes(self.tl),
+                                   **({"merged adapters": merged} if merged else {}),
                                    **({"feature statistics": features} if features else {})}
 
     def trees(self): return self.grown
