@@ -127,10 +127,12 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     signature.begin(self.params)
     width = 1 if self.seen.one_for_all or o.refers else self.layout.n_layers
     race = self._race() if n and o.races else None
-    search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {})) if n and race is None else None
+    search = None
+    if n and race is None: search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {}))
     wanted = min(2 * n, 64) if o.search_rounds is None else o.search_rounds
     late = self.live.device.type == "cuda"
-    now = TaskInProgress(name, signature, search, rounds, epoch, wanted if self.init == "branch" else 0, Mail(late), Mail(late), race=race)
+    looks = wanted if self.init == "branch" else 0
+    now = TaskInProgress(name, signature, search, rounds, epoch, looks, Mail(late), Mail(late), race=race)
     if race is not None and not now.searching: self._settle(now)  # there was nothing to choose
     return now
 
@@ -200,7 +202,6 @@ def step(
     (on a GPU, one round later); then nothing is recorded."""
     now = self._open()
     now.check_started()
-    now.signature.check()
     grads = self._grads()
     norms = self._norms(now, grads)
     seen = self._observe(now, grads, loss) if now.observes else None

@@ -193,7 +193,9 @@ def settle(self: TaskInProgress) -> None:
 # %% ../../nbs/engine/16_task.ipynb #2f0e88f6
 @patch
 def check_started(self: TaskInProgress) -> None:
-    "Raise ValueError for a step before a race of starts is over."
+    """Raise ValueError for a step before a race of starts is over, or before a signature that
+    is taken first was taken."""
+    self.signature.check()
     if self.race is None or not self.searching: return
     raise ValueError(f"Task {self.name!r} has not found its start; with starts of several kinds "
                      "write `while tl.look(loss): pass` before the first step.")
