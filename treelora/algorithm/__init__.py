@@ -6,6 +6,7 @@
 __all__ = ['TreeLoRA', 'VARIANTS']
 
 # %% ../../nbs/engine/23_afterwards.ipynb #e6edcf05
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,44 @@ def _compare(self: TreeLoRA, now: TaskInProgress) -> None:
         rows = self.bank.signatures[self.bank.slot[arm], some].to(self.live.device, copy=True)
         now.saw(arm, now.signature.distance(rows, rows, some).mean().item())
         if now.looked >= now.search_rounds: self._settle(now)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #13666eb9
+@patch
+def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
+    "A step that only looked for the branch: the adapter stays still."
+    torch._foreach_zero_(grads)
+    now.held += 1
+    if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #63960edd
+@patch
+def _compared(self: TreeLoRA, now: TaskInProgress, grads, arms, loss, seen) -> torch.Tensor:
+    "What was seen of the arms, less what this batch says of the earliest task."
+    if seen.dim() == 2: return seen - seen[:, :1]  # all arms were seen
+    if not arms.any(): return torch.zeros_like(seen)
+    return seen.clone() - self.seen.losses(now, grads, torch.zeros_like(arms), loss)
+
+
+@patch
+def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
+    "The search for the branch is over: the adapter becomes the branch's."
+    now.settle()
+    self.live.become(now.arms)
+    now.signature.begin(self.params)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #9a0c9985
+@patch
+def _untrained(self: TreeLoRA, now: TaskInProgress) -> torch.Tensor:  # (L, D)
+    "A task that only looked for its branch: its adapter is the branch's; so is its signature."
+    if now.searching: self._settle(now)
+    warnings.warn(
+        f"All {now.round} steps of task {now.name!r} went to the search for its branch: it "
+        f"was not trained and is a copy of its branch. Give the number of steps, "
+        f"tl.task(name, rounds=...), of which a quarter may be spent; or search_rounds=...; "
+        f'or search before the first step by tl.look(...), with signal="loss".', stacklevel=4)
+    signatures = self.bank.signatures
+    return self.bank.gather(signatures, now.arms.expand(self.layout.n_layers),
+                            torch.empty(self.layout.n_layers, self.layout.width))
 
 # %% ../../nbs/engine/23_afterwards.ipynb #8662aa99
 @patch
