@@ -79,6 +79,7 @@ MISTAKES = {
     "twice": ("seeds = [1, 1]\n" + RUNS, "a seed twice"), "one file": (RUNS + RUNS.replace("0.01", "0.02"), "two different runs would write"),
     "value": (RUNS + "value = 0", "must be positive"), "many": ("side_by_side = 99\n" + RUNS, "between 0 and 8"), "hours": ("hours = 0\n" + RUNS, "must be positive"),
     "since": ("since = 3\n" + RUNS, "must be a day, such as 2026-12-31"), "log": ('log = "paper"\n' + RUNS, "is unknown"), "a grid of one": (TUNED.replace("[0.01, 0.02]", "[0.01]"), "a grid of one is no choice"),
+    "a grid of words": (TUNED.replace("[0.01, 0.02]", '["a", "b"]'), "must be a list of numbers"),
     "two grids": (TUNED.replace("{ lr = [0.01, 0.02] }", "{ lr = [1, 2], lam = [1, 2] }"), "must name one number"),
     "tuned_on": (RUNS + 'tuned_on = "split-digits"', 'wants lr = "tuned"'),
 }
@@ -174,6 +175,11 @@ def test_a_budget_takes_the_tuning_of_the_folder_above(campaign_of):
     Driver(campaign).drive(probing=False)
     below = campaign_of("seeds = [0]\n" + RUNS.replace("0.01", '"tuned"') + 'folder = "quick/other"')
     assert jobs(below)[0][0].given["lr"] == tuned(campaign.results, "campaign-squares", "quick", "seqlora")["lr"]
+
+
+def test_a_run_below_waits_for_the_grid_above(campaign_of):
+    campaign = campaign_of(TUNED + RUNS.replace("0.01", '"tuned"') + 'folder = "quick/other"')
+    assert [p.folder for p in jobs(campaign)[1]] == ["quick", "quick/other"]
 
 
 def test_most_valuable_per_second_first(campaign_of):
