@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_contenders import tiny_stream  # is registered there
 
 from treelora.cli import main
 from treelora.experiments.campaigns import Driver, Estimates, jobs, ordered, probe, shortened, work_folder
@@ -14,24 +15,13 @@ from treelora.experiments.tuning import Grid, beyond, grown, next_trials, read_t
 from treelora.learning.text import Example, TextSet, TextStream, TextTask
 from treelora.methods import get_method
 from treelora.methods.base import METHODS, register
-from treelora.streams import TaskStream, get_stream, register_stream
 
 ROOT = Path(__file__).parent.parent
 
 
-def tiny_stream(scale, seed, root):
-    "Four classes of bright squares in different corners."
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(4).repeat(8)
-    images = torch.rand(32, 1, 16, 16, generator=g) * 0.2
-    for image, c in zip(images, labels.tolist()): image[0, 8 * (c // 2):8 * (c // 2) + 8, 8 * (c % 2):8 * (c % 2) + 8] += 0.8
-    return TaskStream.from_arrays("campaign-squares", images, labels, images[:8], labels[:8], classes_per_task=2, seed=seed, class_order=range(4))
-
-
-register_stream("campaign-squares", ["quick"], tiny_stream)
 RUNS = """
 [[runs]]
-stream = "campaign-squares"
+stream = "tiny-squares"
 methods = ["seqlora"]
 epochs = 1
 lr = 0.01
@@ -42,14 +32,14 @@ seeds = [0]
 tuning_seeds = [100, 101]
 
 [[tune]]
-stream = "campaign-squares"
+stream = "tiny-squares"
 methods = ["seqlora"]
 epochs = 1
 grid = { lr = [0.01, 0.02] }
 widen = 1
 
 [[runs]]
-stream = "campaign-squares"
+stream = "tiny-squares"
 methods = ["seqlora"]
 epochs = 1
 lr = "tuned"
@@ -69,7 +59,7 @@ MISTAKES = {
     "no blocks": ("seeds = [0]", "has neither"), "no TOML": ("seeds = [", "is not TOML"),
     "one bracket": (RUNS.replace("[[runs]]", "[runs]"), "two brackets"),
     "a key on top": ("seed = [0]\n" + RUNS, "there is no 'seed'"), "a key": (RUNS + "learning_rate = 1", "there is no 'learning_rate'"),
-    "a stream": (RUNS.replace("campaign-squares", "split-nothing"), "no stream 'split-nothing'"),
+    "a stream": (RUNS.replace("tiny-squares", "split-nothing"), "no stream 'split-nothing'"),
     "a method": (RUNS.replace('"seqlora"', '"seqlore"'), "Unknown method 'seqlore'"),
     "of the other kind": (RUNS.replace('"seqlora"', '"fix"'), "learns language streams"),
     "no methods": (RUNS.replace('["seqlora"]', "[]"), "has no methods"),
@@ -79,6 +69,7 @@ MISTAKES = {
     "twice": ("seeds = [1, 1]\n" + RUNS, "a seed twice"), "one file": (RUNS + RUNS.replace("0.01", "0.02"), "two different runs would write"),
     "value": (RUNS + "value = 0", "must be positive"), "many": ("side_by_side = 99\n" + RUNS, "between 0 and 8"), "hours": ("hours = 0\n" + RUNS, "must be positive"),
     "since": ("since = 3\n" + RUNS, "must be a day, such as 2026-12-31"), "log": ('log = "paper"\n' + RUNS, "is unknown"), "a grid of one": (TUNED.replace("[0.01, 0.02]", "[0.01]"), "a grid of one is no choice"),
+    "a grid of words": (TUNED.replace("[0.01, 0.02]", '["a", "b"]'), "must be a list of numbers"),
     "two grids": (TUNED.replace("{ lr = [0.01, 0.02] }", "{ lr = [1, 2], lam = [1, 2] }"), "must name one number"),
     "tuned_on": (RUNS + 'tuned_on = "split-digits"', 'wants lr = "tuned"'),
 }
@@ -132,7 +123,7 @@ def test_tunes_runs_and_leaves_what_is_there(campaign_of):
     ready, waiting = jobs(campaign)
     assert [(j.trial["lr"], j.planned.seed) for j in ready] == [(0.01, 100), (0.01, 101), (0.02, 100), (0.02, 101)] and len(waiting) == 1
     assert Driver(campaign, said.append).drive() == {} and jobs(campaign) == ([], [])
-    tuning = read_tuning(tuning_file(campaign.results, "campaign-squares", "quick"))
+    tuning = read_tuning(tuning_file(campaign.results, "tiny-squares", "quick"))
     tried = {r["settings"]["lr"] for r in tuning["rows"]["seqlora"]}
     assert {0.01, 0.02} < tried and all({r["seed"] for r in tuning["rows"]["seqlora"] if r["settings"]["lr"] == lr} == {100, 101} for lr in tried)
     mean = lambda lr: sum(r["op"] for r in tuning["rows"]["seqlora"] if r["settings"]["lr"] == lr)
@@ -166,14 +157,19 @@ def test_a_day_from_which_results_count(campaign_of):
 
 
 def test_a_run_without_tuning_says_so(campaign_of):
-    with pytest.raises(ValueError, match="Nothing was tuned for seqlora on campaign-squares"): jobs(campaign_of("seeds = [0]\n" + RUNS.replace("0.01", '"tuned"')))
+    with pytest.raises(ValueError, match="Nothing was tuned for seqlora on tiny-squares"): jobs(campaign_of("seeds = [0]\n" + RUNS.replace("0.01", '"tuned"')))
 
 
 def test_a_budget_takes_the_tuning_of_the_folder_above(campaign_of):
     campaign = campaign_of(TUNED)
     Driver(campaign).drive(probing=False)
     below = campaign_of("seeds = [0]\n" + RUNS.replace("0.01", '"tuned"') + 'folder = "quick/other"')
-    assert jobs(below)[0][0].given["lr"] == tuned(campaign.results, "campaign-squares", "quick", "seqlora")["lr"]
+    assert jobs(below)[0][0].given["lr"] == tuned(campaign.results, "tiny-squares", "quick", "seqlora")["lr"]
+
+
+def test_a_run_below_waits_for_the_grid_above(campaign_of):
+    campaign = campaign_of(TUNED + RUNS.replace("0.01", '"tuned"') + 'folder = "quick/other"')
+    assert [p.folder for p in jobs(campaign)[1]] == ["quick", "quick/other"]
 
 
 def test_most_valuable_per_second_first(campaign_of):

@@ -6,6 +6,7 @@
 __all__ = ['TreeLoRA', 'VARIANTS']
 
 # %% ../../nbs/engine/23_afterwards.ipynb #e6edcf05
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..engine.device import bytes_of
 from ..engine.options import VARIANTS
 from ..engine.reference import reference_gradient, reference_point
 from ..engine.signals import loss_now
+from ..engine.starts import Race, Start
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
 from ..lora import lora_layers
@@ -95,6 +97,15 @@ def found(self: TreeLoRA) -> dict | None:
     now = self._now or self.last
     return now and now.found
 
+# %% ../../nbs/engine/23_afterwards.ipynb #87360d01
+@patch
+def _race(self: TreeLoRA) -> Race:
+    "A race of starts of several kinds."
+    most = self.options.search_rounds
+    if most is None: most = min(2 * len(self.bank), 64)
+    self.starts_of.forget(self.tree)
+    return Race(self.starts, self.tree, self.bank.starts, most)
+
 # %% ../../nbs/engine/23_afterwards.ipynb #28c6cf34
 @patch
 def _look_at_start(self: TreeLoRA, now: TaskInProgress, loss: Callable) -> bool:
@@ -107,6 +118,13 @@ def _look_at_start(self: TreeLoRA, now: TaskInProgress, loss: Callable) -> bool:
     now.race.saw(start, seen.item())
     if now.race.chosen is not None: self._settle(now)
     return now.searching
+
+# %% ../../nbs/engine/23_afterwards.ipynb #45b9bae3
+@patch
+def _keep_start(self: TreeLoRA, now: TaskInProgress) -> None:
+    "Write down where a task started."
+    start = Start("fresh") if now.race is None else now.race.start
+    self.bank.starts[now.name] = start.plain()
 
 # %% ../../nbs/engine/23_afterwards.ipynb #4b165154
 @patch
@@ -140,6 +158,49 @@ def _compare(self: TreeLoRA, now: TaskInProgress) -> None:
         rows = self.bank.signatures[self.bank.slot[arm], some].to(self.live.device, copy=True)
         now.saw(arm, now.signature.distance(rows, rows, some).mean().item())
         if now.looked >= now.search_rounds: self._settle(now)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #13666eb9
+@patch
+def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
+    "A step that only looked for the branch: the adapter stays still."
+    torch._foreach_zero_(grads)
+    now.held += 1
+    if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #63960edd
+@patch
+def _compared(self: TreeLoRA, now: TaskInProgress, grads, arms, loss, seen) -> torch.Tensor:
+    "What was seen of the arms, less what this batch says of the earliest task."
+    if seen.dim() == 2: return seen - seen[:, :1]  # all arms were seen
+    if not arms.any(): return torch.zeros_like(seen)
+    return seen.clone() - self.seen.losses(now, grads, torch.zeros_like(arms), loss)
+
+
+@patch
+def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
+    "The search for the branch is over: the adapter becomes the branch's."
+    if now.race is None:
+        now.settle()
+        self.live.become(now.arms)
+    else:
+        branch = now.race.branch()
+        now.arms = None if branch is None else torch.tensor([branch])
+        self.live.write(self.starts_of.adapter(now.race.start, self.initial))
+    now.signature.begin(self.params)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #9a0c9985
+@patch
+def _untrained(self: TreeLoRA, now: TaskInProgress) -> torch.Tensor:  # (L, D)
+    "A task that only looked for its branch: its adapter is the branch's; so is its signature."
+    if now.searching: self._settle(now)
+    warnings.warn(
+        f"All {now.round} steps of task {now.name!r} went to the search for its branch: it "
+        f"was not trained and is a copy of its branch. Give the number of steps, "
+        f"tl.task(name, rounds=...), of which a quarter may be spent; or search_rounds=...; "
+        f'or search before the first step by tl.look(...), with signal="loss".', stacklevel=4)
+    signatures = self.bank.signatures
+    return self.bank.gather(signatures, now.arms.expand(self.layout.n_layers),
+                            torch.empty(self.layout.n_layers, self.layout.width))
 
 # %% ../../nbs/engine/23_afterwards.ipynb #8662aa99
 @patch

@@ -6,7 +6,6 @@
 __all__ = ['TreeLoRA']
 
 # %% ../../nbs/core/07_algorithm.ipynb #01905364
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,7 +23,7 @@ from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
 from ..engine.signals import SIGNALS
-from ..engine.starts import Race, Start, Starts
+from ..engine.starts import Starts
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
 from ..lora import lora_layers
@@ -136,15 +135,6 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     if race is not None and not now.searching: self._settle(now)  # there was nothing to choose
     return now
 
-# %% ../../nbs/core/07_algorithm.ipynb #87360d01
-@patch
-def _race(self: TreeLoRA) -> Race:
-    "A race of starts of several kinds."
-    most = self.options.search_rounds
-    if most is None: most = min(2 * len(self.bank), 64)
-    self.starts_of.forget(self.tree)
-    return Race(self.starts, self.tree, self.bank.starts, most)
-
 # %% ../../nbs/core/07_algorithm.ipynb #36cf2cc7
 @patch
 def _end(self: TreeLoRA, now: TaskInProgress) -> None:
@@ -171,20 +161,6 @@ def _tree_rows(self: TreeLoRA, signature: torch.Tensor) -> list[torch.Tensor]:
     "A signature's rows without their padding, the root's layer first."
     rows = [row[:size] for row, size in zip(signature, self.layout.sizes)]
     return rows if self.options.root == "input" else rows[::-1]
-
-# %% ../../nbs/core/07_algorithm.ipynb #0fb86cde
-@patch
-def _untrained(self: TreeLoRA, now: TaskInProgress) -> torch.Tensor:  # (L, D)
-    "A task that only looked for its branch: its adapter is the branch's; so is its signature."
-    if now.searching: self._settle(now)
-    warnings.warn(
-        f"All {now.round} steps of task {now.name!r} went to the search for its branch: it "
-        f"was not trained and is a copy of its branch. Give the number of steps, "
-        f"tl.task(name, rounds=...), of which a quarter may be spent; or search_rounds=...; "
-        f'or search before the first step by tl.look(...), with signal="loss".', stacklevel=4)
-    signatures = self.bank.signatures
-    return self.bank.gather(signatures, now.arms.expand(self.layout.n_layers),
-                            torch.empty(self.layout.n_layers, self.layout.width))
 
 # %% ../../nbs/core/07_algorithm.ipynb #8565b6bb
 @patch
@@ -227,42 +203,6 @@ def _record(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> N
     "Count the round and take the gradient into the signature."
     now.round += 1
     if not now.searching: now.signature.observe(self.params, grads, now.recent)
-
-
-@patch
-def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
-    "A step that only looked for the branch: the adapter stays still."
-    torch._foreach_zero_(grads)
-    now.held += 1
-    if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
-
-# %% ../../nbs/core/07_algorithm.ipynb #51471658
-@patch
-def _compared(self: TreeLoRA, now: TaskInProgress, grads, arms, loss, seen) -> torch.Tensor:
-    "What was seen of the arms, less what this batch says of the earliest task."
-    if seen.dim() == 2: return seen - seen[:, :1]  # all arms were seen
-    if not arms.any(): return torch.zeros_like(seen)
-    return seen.clone() - self.seen.losses(now, grads, torch.zeros_like(arms), loss)
-
-
-@patch
-def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
-    "The search for the branch is over: the adapter becomes the branch's."
-    if now.race is None:
-        now.settle()
-        self.live.become(now.arms)
-    else:
-        branch = now.race.branch()
-        now.arms = None if branch is None else torch.tensor([branch])
-        self.live.write(self.starts_of.adapter(now.race.start, self.initial))
-    now.signature.begin(self.params)
-
-# %% ../../nbs/core/07_algorithm.ipynb #45b9bae3
-@patch
-def _keep_start(self: TreeLoRA, now: TaskInProgress) -> None:
-    "Write down where a task started."
-    start = Start("fresh") if now.race is None else now.race.start
-    self.bank.starts[now.name] = start.plain()
 
 # %% ../../nbs/core/07_algorithm.ipynb #7fc5a54b
 @patch

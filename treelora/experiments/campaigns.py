@@ -15,11 +15,11 @@ from pathlib import Path
 # %% ../../nbs/experiments/10_campaigns.ipynb #71c55838
 import torch
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #87227132
+# %% ../../nbs/experiments/10_campaigns.ipynb #a2c861fb
 from ..engine.files import replace_file
-from .plan import (Campaign, Planned, arguments, data_hash, fresh, is_done,
-                                       method_of, recent, result_file)
-from .tuning import (Grid, add_trial, choose, next_trials, read_tuning, tuned,
+from .plan import (Campaign, Planned, arguments, data_hash, folders_of, fresh,
+                                       is_done, method_of, recent, result_file, tuned_for)
+from .tuning import (Grid, add_trial, choose, next_trials, read_tuning,
                                          tuning_file)
 from ..learner import run, settings
 from ..learning.result import one_thread, where
@@ -51,7 +51,7 @@ def work_folder(campaign: Campaign) -> Path:
     "Where a campaign keeps what is not a result: its progress, trials, checkpoints and logs."
     return campaign.results / "campaigns" / campaign.name
 
-# %% ../../nbs/experiments/10_campaigns.ipynb #82082a44
+# %% ../../nbs/experiments/10_campaigns.ipynb #11787c18
 def jobs(
     campaign: Campaign,
 ) -> tuple[list[Job], list[Planned]]:  # that can start, and that wait for a grid
@@ -60,8 +60,9 @@ def jobs(
     trials, open_ = _all_trials(campaign)
     ready, waiting = list(trials), []
     for p in campaign.runs:
-        if (p.tuned_on, p.folder, p.method) in open_: waiting.append(p)
-        elif not is_done(p, campaign, settings := _tuned(p, campaign)):
+        wanted = {(p.tuned_on, folder, p.method) for folder in folders_of(p)}
+        if wanted & open_: waiting.append(p)
+        elif not is_done(p, campaign, settings := tuned_for(p, campaign)):
             if p.tuned_on and not settings: raise ValueError(_untuned(p, campaign))
             path = result_file(p, campaign.results)
             ready.append(Job(p, path, *arguments(p, settings), p.value))
@@ -123,15 +124,6 @@ def _take(job: Job, path: Path) -> None:
            "date": saved["date"]}
     add_trial(path, job.planned.method, row)
     job.path.unlink()
-
-# %% ../../nbs/experiments/10_campaigns.ipynb #21f6135a
-def _tuned(planned: Planned, campaign: Campaign) -> dict:
-    "What was tuned for a run, in its folder or the one above it; empty where nothing was."
-    if planned.tuned_on is None: return {}
-    folder = Path(planned.folder)
-    at = [tuned(campaign.results, planned.tuned_on, f.as_posix(), planned.method)
-          for f in (folder, *folder.parents[:-1])]
-    return next((found for found in at if found), {})
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #bd3182b4
 def shortened(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOP', 'WHAT', 'HOW', 'RUNS', 'TUNE', 'LOGS', 'Planned', 'result_file', 'Campaign', 'read_campaign', 'arguments',
-           'method_of', 'differs', 'data_hash', 'fresh', 'recent', 'is_done', 'state_of']
+           'method_of', 'differs', 'data_hash', 'fresh', 'recent', 'is_done', 'folders_of', 'tuned_for', 'state_of']
 
 # %% ../../nbs/experiments/09_plan.ipynb #72094831
 import json
@@ -214,7 +214,7 @@ def _planned(block: dict, common: dict, where: str) -> Iterator[Planned]:
                           block["options"], block["value"] / (1 + i), source,
                           block.get("watch", False))
 
-# %% ../../nbs/experiments/09_plan.ipynb #4696f90e
+# %% ../../nbs/experiments/09_plan.ipynb #247ca394
 def _grid(block: dict, common: dict, where: str) -> Grid:
     "The grid of one block. Raises ValueError for one that leaves no choice."
     block = _checked(block, TUNE, common, where)
@@ -222,7 +222,10 @@ def _grid(block: dict, common: dict, where: str) -> Grid:
         raise ValueError(f"{where}: grid = {grid} must name one number and its values, such as "
                          "grid = { lr = [0.001, 0.002] }; a second one gets a block of its own.")
     (knob, values), = grid.items()
-    if not isinstance(values, list) or len(set(values)) < 2:
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    if not isinstance(values, list) or not all(map(number, values)):
+        raise ValueError(f"{where}: {knob} = {values} must be a list of numbers.")
+    if len(set(values)) < 2:
         raise ValueError(f"{where}: a grid of one is no choice; give {knob} two values or more.")
     given = {k: block[k] for k in HOW if k in block}
     return Grid(block["stream"], tuple(block["methods"]), block["scale"], block["folder"], knob,
@@ -276,9 +279,10 @@ def data_hash(stream: str, scale: str, seed: int, root: str | None) -> str:
     "SHA-256 of a stream's data as it is today."
     return get_stream(stream, scale, seed, root).sha256
 
-# %% ../../nbs/experiments/09_plan.ipynb #a343158f
+# %% ../../nbs/experiments/09_plan.ipynb #39ba9864
 def fresh(path: Path, campaign: Campaign) -> bool:
     "Whether a result is there, and not older than the campaign admits."
+    if campaign.since is None: return path.exists()
     return path.exists() and recent(json.loads(path.read_text())["date"], campaign)
 
 
@@ -304,13 +308,29 @@ def is_done(
                          "runs a folder of their own, or move the file away.")
     return True
 
-# %% ../../nbs/experiments/09_plan.ipynb #488df4b1
+# %% ../../nbs/experiments/09_plan.ipynb #1a373161
+def folders_of(planned: Planned) -> list[str]:
+    "Where a run's tuning may lie: its folder, then those above it."
+    folder = Path(planned.folder)
+    return [at.as_posix() for at in (folder, *folder.parents[:-1])]
+
+# %% ../../nbs/experiments/09_plan.ipynb #863d12bc
+def tuned_for(
+    planned: Planned,
+    campaign: Campaign,
+) -> dict:
+    "What was tuned for a run, nearest folder first; empty where nothing was."
+    if planned.tuned_on is None: return {}
+    found = (tuned(campaign.results, planned.tuned_on, at, planned.method)
+             for at in folders_of(planned))
+    return next(filter(None, found), {})
+
+# %% ../../nbs/experiments/09_plan.ipynb #5fd8e55c
 def state_of(
     planned: Planned,
     campaign: Campaign,
 ) -> str:  # "there", "differs" or "missing"
     "How a run stands, for a picture of a campaign."
-    rate = tuned(campaign.results, planned.tuned_on or planned.stream, planned.folder,
-                 planned.method) if planned.tuned_on else {}
-    try: return "there" if is_done(planned, campaign, rate) else "missing"
+    try: done = is_done(planned, campaign, tuned_for(planned, campaign))
     except ValueError: return "differs"
+    return "there" if done else "missing"

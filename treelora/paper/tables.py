@@ -357,14 +357,21 @@ def contest_table(
     methods: Sequence[str] | None = None,  # None: all that were run
 ) -> Table:
     "Score, forgetting, time and memory of the methods on one stream, the best first."
-    found = read_results(results, stream, scale)
-    ours = {m: runs for m, runs in found.items() if methods is None or m in methods}
-    order = sorted(ours, key=lambda m: -np.mean([r["scores"]["op"] for r in ours[m]]))
+    ours = _best_first(results, stream, scale, methods)
     n = max((len(r) for r in ours.values()), default=0)
     head = ["method", "lr", *_our_names(ours), "what is kept"]
-    rows = [[_named(m, ours[m], n), f"{ours[m][0]['config']['lr']:g}", *_our_cells(ours[m]), _kept(ours[m])] for m in order]
+    rows = [[_named(m, ours[m], n), f"{ours[m][0]['config']['lr']:g}", *_our_cells(ours[m]), _kept(ours[m])] for m in ours]
     note = _joined(noted(results, stream, scale), counted(ours))
     return Table(f"The contenders on {stream} (scale {scale}, {n} seeds)", head, rows, note)
+
+
+def _best_first(results: str | Path, stream: str, scale: str,
+                methods: Sequence[str] | None) -> dict[str, list[dict]]:
+    "The runs of some methods, or of all, by their final score."
+    found = read_results(results, stream, scale)
+    score = lambda m: np.mean([r["scores"]["op"] for r in found[m]])
+    wanted = [m for m in found if methods is None or m in methods]
+    return {m: found[m] for m in sorted(wanted, key=lambda m: -score(m))}
 
 
 def _kept(runs: Sequence[dict]) -> str:
@@ -395,11 +402,9 @@ def routing_table(
     methods: Sequence[str] | None = None,  # None: all that were run
 ) -> Table:
     "Score, share of inputs that go to their own task, score with the task given; the best first."
-    found = read_results(results, stream, scale)
-    ours = {m: runs for m, runs in found.items() if methods is None or m in methods}
-    order = sorted(ours, key=lambda m: -np.mean([r["scores"]["op"] for r in ours[m]]))
+    ours = _best_first(results, stream, scale, methods)
     n = max((len(r) for r in ours.values()), default=0)
-    rows = [[_named(m, ours[m], n), *(_ours(ours[m], pick, 2) for _, pick in SENT)] for m in order]
+    rows = [[_named(m, ours[m], n), *(_ours(ours[m], pick, 2) for _, pick in SENT)] for m in ours]
     note = ROUTED if any(NOTHING in row for row in rows) else ""
     head = ["method", *(name for name, _ in SENT)]
     return Table(f"Routing on {stream} (scale {scale}, {n} seeds)", head, rows,
