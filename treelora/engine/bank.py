@@ -101,7 +101,7 @@ class Bank:
         self.layout, self.names, self.folder = layout, [], folder
         self.slot = torch.empty(0, dtype=torch.long)  # (N,) where each task's rows are
         self.weight: list[int] = []  # how many tasks each slot stands for
-        self.starts: dict[str, list] = {}  # where tasks started, where that is kept: see `engine.starts`
+        self.starts: dict[str, list] = {}  # where tasks started: see `engine.starts`
         shape = layout.n_layers, layout.width
         self._blocks = {kind: Block(shape) if folder is None else FileBlock(shape, folder) for kind in ("adapters", "signatures")}
 

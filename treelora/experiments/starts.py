@@ -29,7 +29,7 @@ def load_starts(results: str | Path) -> list[dict]:
     "All records of starts: of kind `first`, `start` and `tree` (`what`)."
     return json.loads((Path(results) / "starts" / "measured.json").read_text())
 
-
+# %% ../../nbs/experiments/12_starts.ipynb #77facd2e
 def measured(
     rows: list[dict],  # from `load_starts`
     task: str,
@@ -79,7 +79,7 @@ def test_loss(self: Bench, task: str) -> float:
         total, n = total + mean.item() * kept, n + kept
     return total / n
 
-
+# %% ../../nbs/experiments/12_starts.ipynb #c62053f8
 @patch
 def batches(self: Bench, task: str):
     "A task's training batches without end, always in the same order."
@@ -99,7 +99,7 @@ def first(self: Bench, task: str, adapter: torch.Tensor, n: int = 2) -> list[flo
         return [answer_loss(self.model, batch).item()
                 for _, batch in zip(range(n), self.batches(task))]
 
-
+# %% ../../nbs/experiments/12_starts.ipynb #4d4967fa
 @patch
 def train(self: Bench, task: str, adapter: torch.Tensor, signature=None) -> dict:
     "Train a task from an adapter: test losses before and after, and the loss of each step."
