@@ -31,13 +31,14 @@ def _plain(name: str) -> str:
     "A name without what compiled modules add to it."
     return name.replace("_orig_mod.", "")
 
-# %% ../../nbs/engine/31_kept.ipynb #44983bb5
+# %% ../../nbs/engine/31_kept.ipynb #eda7d0a3
 def _slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, object]]:
     "What PEFT has put under an adapter's name: the prefix in the model, in files, and it."
     for name, module in model.named_modules():
-        if not hasattr(module, "adapter_layer_names"): continue
         if getattr(module, "tied_adapter", None) is not None: continue  # its values lie there
+        theirs = hasattr(module, "adapter_layer_names")  # a layer of PEFT's
         for child, held in module.named_children():
+            if not (theirs or child == "modules_to_save"): continue
             if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)): continue
             if adapter not in held: continue
             here = f"{name}.{child}" if name else child
