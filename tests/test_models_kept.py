@@ -1,5 +1,4 @@
 "Model x option: whatever trains during a task is kept per task, shared on purpose, or refused; stock PEFT reads every shared folder. `pytest -s` shows the table."
-import contextlib
 import logging
 import warnings
 from functools import partial
@@ -79,10 +78,12 @@ TABLE: dict[tuple[str, str], str] = {}
 
 
 def adapted(kind: Kind, options: dict, name="default") -> nn.Module:
-    base = kind.base()
-    with contextlib.suppress(Exception): base.config.name_or_path = None
+    options, then = dict(options), options.get("then", lambda model: None)
+    options.pop("then", None)
     torch.manual_seed(2)
-    return get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": kind.qv} | options), adapter_name=name).eval()
+    model = get_peft_model(kind.base(), LoraConfig(**{"r": 2, "target_modules": kind.qv} | options), adapter_name=name).eval()
+    then(model)
+    return model
 
 
 def learn(tl: TreeLoRA, kind: Kind, name: str, target: float, steps=2) -> torch.Tensor:
@@ -121,3 +122,51 @@ def test_a_task_comes_back(model, option, tmp_path):
     if not set(options) <= set(LoraConfig.__dataclass_fields__): pytest.skip("this version of PEFT has no such option")
     tried(kind, options, tmp_path, exact="LoRA" == option or not str(options.get("init_lora_weights")).startswith(("pissa", "olora")))
     TABLE[model, option] = "right"
+
+
+# what trains outside PEFT's adapter, given the model
+OUTSIDE = {
+    "plain head": lambda model, kind: head(model, kind).requires_grad_(True),
+    "norms": lambda model, kind: [p.requires_grad_(True) for n, p in model.named_parameters() if "norm" in n.lower() or "ln_" in n],
+    "base not frozen": lambda model, kind: [p.requires_grad_(True) for n, p in model.named_parameters() if "lora_" not in n],
+}
+
+
+def head(model, kind) -> nn.Module: return next(m for n, m in model.named_modules() if n.endswith(kind.head))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("name", [n for n in KINDS if "tied" not in n])
+def test_what_trains_outside_is_refused_or_kept_or_shared(name, outside, tmp_path):
+    kind, free = KINDS[name], OUTSIDE[outside]
+    model = adapted(kind, {})
+    free(model, kind)
+    before, flags = {n: x.clone() for n, x in model.state_dict().items()}, [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match='^The parameter "base_model.model.*trains outside the adapter.*keep="all".*shared=\\[') as refused: TreeLoRA(model)
+    assert "\n" not in str(refused.value) and [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+    TABLE[name, outside] = "refused"
+    assert not TreeLoRA(model, shared="base_model").kept
+    tried(kind, {"then": lambda m: free(m, kind)}, tmp_path, keep="all")
+    TABLE[name, f'{outside}, keep="all"'] = "right"
+
+
+def test_a_shared_head_goes_with_every_folder(tmp_path):
+    kind = KINDS["BERT"]
+    model = adapted(kind, {})
+    head(model, kind).requires_grad_(True)
+    tl = TreeLoRA(model, lam=0.01, shared=["classifier"])
+    first, _ = (learn(tl, kind, name, target) for name, target in (("one", 1.0), ("two", -1.0)))
+    push(tl, tmp_path, license="mit")
+    assert not tl.kept and list(tl.bank.blocks) == ["adapters", "signatures"]
+    tl.load_adapter("one")
+    now = kind.logits(model)
+    assert not torch.equal(now, first)  # the head has moved on, for all tasks
+    assert torch.equal(kind.logits(PeftModel.from_pretrained(kind.base(), str(tmp_path), subfolder=task_folder(tl, "one")).eval()), now)
+
+
+def test_the_table_in_words():
+    "Shown by `pytest -s`."
+    rows = list(dict.fromkeys(option for _, option in TABLE))
+    print("", f"{'':24}" + "".join(f"{m:>14}" for m in KINDS), *(f"{o:24}" + "".join(f"{TABLE.get((m, o), '-'):>14}" for m in KINDS) for o in rows), sep="\n")
+    assert set(TABLE.values()) <= {"right", "refused"}
