@@ -54,15 +54,15 @@ def _own(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
         found |= {_plain(f"{short}.{n}".rstrip(".")): t for n, t in inside.items()}
     return found
 
-# %% ../../nbs/engine/31_kept.ipynb #a96f74de
+# %% ../../nbs/engine/31_kept.ipynb #83d36ecb
 def _biases(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     "The model's biases that train with an adapter, by name."
     config = getattr(model, "peft_config", {}).get(adapter)
     ends = {"all": ".bias", "lora_only": ".base_layer.bias"}.get(getattr(config, "bias", "none"))
     if ends is None: return {}
-    under = [prefix for prefix, _, _ in _slots(model, adapter)]
-    return {_plain(n): p for n, p in model.named_parameters()
-            if n.endswith(ends) and not any(n.startswith(f"{u}.") for u in under)}
+    under = [f"{prefix}." for prefix, _, _ in _slots(model, adapter)]
+    return {_plain(n): p for n, p in model.named_parameters() if n.endswith(ends)
+            and ".original_module." not in n and not any(n.startswith(u) for u in under)}
 
 # %% ../../nbs/engine/31_kept.ipynb #2529ae1d
 def peft_parts(
