@@ -61,7 +61,8 @@ def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tenso
 def infer(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features: Callable | None = None) -> torch.Tensor:
     "Outputs `forward(inputs)` under the adapter that `inference` asks for: the model's own (latest), or that of each input's task (routed), found by `features(inputs)`."
     if self.inference == "latest": return forward(inputs)
-    return self._by_task(inputs, forward, features) if self.kept else self.router.infer(inputs, forward, features)
+    if self.kept: return self._by_task(inputs, forward, features)
+    return self.router.infer(inputs, forward, features)
 
 
 @patch
@@ -69,16 +70,17 @@ def serving(self: TreeLoRA, tasks: torch.Tensor):  # (n,) task of each row, as `
     "A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i]."
     return self.router.serving(tasks)
 
-# %% ../../nbs/engine/23_afterwards.ipynb #7a6d759c
+# %% ../../nbs/engine/23_afterwards.ipynb #56da9d21
 @patch
 @contextmanager
 def unadapted(self: TreeLoRA) -> Iterator[nn.Module]:
-    "The model as it was before the first task: without its adapter, and what is kept beside it as it was then."
+    """The model as it was before the first task: without its adapter, and what is kept beside
+    it as it was then."""
     with self.kept.holding(self.kept.initial), adapters_off(self.model): yield self.model
 
 
 @patch
-def _by_task(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features: Callable | None) -> torch.Tensor:
+def _by_task(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features) -> torch.Tensor:
     "Outputs under each input's task, one task after the other."
     with self.unadapted(): tasks = self.router.tasks_of(inputs, features)
     def under(task: int, rows: torch.Tensor) -> torch.Tensor:
@@ -197,7 +199,7 @@ def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an old
 
 @patch
 @classmethod
-def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "default", **where) -> TreeLoRA:  # where it runs: cache, bank_folder, compile; and `shared`, if it is not as in the file
+def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "default", **where) -> TreeLoRA:  # where it runs: cache, bank_folder, compile; `shared`, if other
     "The object that `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from another model; the model is untouched then."
     plain, tensors = Store.read(folder, Layout(lora_layers(model, adapter)))
     said = as_saved(plain, model, adapter) | where

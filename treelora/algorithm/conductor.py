@@ -19,15 +19,14 @@ from ..bandit import get_search
 from ..engine.bank import Bank
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
-from ..engine.kept import Kept
+from ..engine.kept import parts_of
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
 from ..engine.signals import SIGNALS
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
-from ..lora import lora_layers
-from ..signature import Layout, get_signature
+from ..signature import get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
 
@@ -46,8 +45,7 @@ class TreeLoRA:
         **options,  # depth, budget, init, inference and others, see `Options`
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
-        self.model, self.layout = model, Layout(lora_layers(model, o.adapter))
-        self.kept = Kept(model, self.layout, o.adapter, o.keep, o.shared)
+        self.model, (self.layout, self.kept) = model, parts_of(model, o.adapter, o.keep, o.shared)
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder, self.kept), TaskTree(o.split, o.depth, o.budget)
         self.live = ModelAdapter(self.layout, self.bank, o.cache)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)

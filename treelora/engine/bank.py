@@ -62,7 +62,8 @@ class FileBlock(Block):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(shape, dtype)
-        self.folder, self.bytes, self.own = folder, math.prod(shape) * dtype.itemsize, 0  # bytes of a slot, slots that are in the file
+        self.folder, self.bytes = folder, math.prod(shape) * dtype.itemsize  # of a slot
+        self.own = 0  # slots that are in the file
         with self._told(): self.file = tempfile.TemporaryFile(dir=folder, buffering=0)
 
     def put(self, slot, rows):
@@ -76,7 +77,8 @@ class FileBlock(Block):
         for slot in range(self.own, used): self._write(slot, self.room[slot])  # a block that was loaded
         slots = max(4, 2 * used)
         self.file.truncate(slots * self.bytes)
-        return torch.frombuffer(mmap.mmap(self.file.fileno(), slots * self.bytes), dtype=self.room.dtype).view(slots, *self.room.shape[1:])
+        mapped = mmap.mmap(self.file.fileno(), slots * self.bytes)
+        return torch.frombuffer(mapped, dtype=self.room.dtype).view(slots, *self.room.shape[1:])
 
     def _write(self, slot: int, rows: torch.Tensor) -> None:
         "Write a slot through the file, not through the map, where a full disk would end the process."
@@ -105,37 +107,55 @@ class Bank:
         self.layout, self.names, self.folder, self.kept = layout, [], folder, kept or None
         self.slot = torch.empty(0, dtype=torch.long)  # (N,) where each task's rows are
         self.weight: list[int] = []  # how many tasks each slot stands for
-        shapes = dict.fromkeys(("adapters", "signatures"), ((layout.n_layers, layout.width), torch.float32))
-        if kept: shapes["kept"] = (len(kept),), kept.dtype
-        self._blocks = {kind: Block(*how) if folder is None else FileBlock(how[0], folder, how[1]) for kind, how in shapes.items()}
+        kinds = ["adapters", "signatures", *(["kept"] if kept else [])]
+        self._blocks = {kind: self._block(kind) for kind in kinds}
+
+    def _block(self, kind: str) -> Block:
+        "An empty block, in memory or in a file."
+        shape, dtype = (self.layout.n_layers, self.layout.width), torch.float32
+        if kind == "kept": shape, dtype = (len(self.kept),), self.kept.dtype
+        return Block(shape, dtype) if self.folder is None else FileBlock(shape, self.folder, dtype)
 
     def __len__(self): return len(self.names)
     def __contains__(self, name): return name in self.names
 
-    @property
-    def blocks(self) -> dict[str, torch.Tensor]:
-        "What is stored, by kind: `adapters` and `signatures`, each (slots, L, D), and `kept` (slots, E) if there is more."
-        return {kind: block.room[:len(self.weight)] for kind, block in self._blocks.items()}
+# %% ../../nbs/engine/11_bank.ipynb #96647a93
+@patch
+@property
+def blocks(self: Bank) -> dict[str, torch.Tensor]:
+    """What is stored, by kind: `adapters` and `signatures`, each (slots, L, D), and `kept`
+    (slots, E) if there is more."""
+    return {kind: block.room[:len(self.weight)] for kind, block in self._blocks.items()}
 
-    @property
-    def adapters(self) -> torch.Tensor:  # (slots, L, D)
-        "The stored adapters."
-        return self._blocks["adapters"].room[:len(self.weight)]
+# %% ../../nbs/engine/11_bank.ipynb #3f1a5d87
+@patch
+@property
+def adapters(self: Bank) -> torch.Tensor:  # (slots, L, D)
+    "The stored adapters."
+    return self._blocks["adapters"].room[:len(self.weight)]
 
-    @property
-    def signatures(self) -> torch.Tensor:  # (slots, L, D)
-        "The stored signatures."
-        return self._blocks["signatures"].room[:len(self.weight)]
 
-    @property
-    def stored_bytes(self) -> int:
-        "What the bank keeps, in bytes."
-        return sum(x.numel() * x.element_size() for x in self.blocks.values())
+@patch
+@property
+def signatures(self: Bank) -> torch.Tensor:  # (slots, L, D)
+    "The stored signatures."
+    return self._blocks["signatures"].room[:len(self.weight)]
+
+
+@patch
+@property
+def stored_bytes(self: Bank) -> int:
+    "What the bank keeps, in bytes."
+    return sum(x.numel() * x.element_size() for x in self.blocks.values())
 
 # %% ../../nbs/engine/11_bank.ipynb #5265143e
 @patch
-def add(self: Bank, name: str, signature: torch.Tensor, adapter: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-    "Store a task's (L, D) signature and adapter, and the E numbers that are kept beside it, in a new slot. Raises OSError, and stores nothing, when a file has no room."
+def add(
+    self: Bank, name: str, signature: torch.Tensor, adapter: torch.Tensor,
+    kept: torch.Tensor | None = None,
+) -> None:
+    """Store a task's (L, D) signature and adapter, and (E,) what is kept beside it, in a new
+    slot. Raises OSError, and stores nothing, when a file has no room."""
     new = {"adapters": adapter, "signatures": signature, "kept": kept}
     for kind, block in self._blocks.items(): block.put(len(self.weight), new[kind])
     self.names.append(name)
@@ -192,12 +212,14 @@ def gather(
 # %% ../../nbs/engine/11_bank.ipynb #074ada84
 @patch
 def merge(self: Bank, kept: str, gone: str) -> None:
-    "Let two tasks share a slot: weighted mean signature and kept parts, best rank-r approximation of the mean adapter."
+    """Let two tasks share a slot: weighted mean of signatures and of kept parts, best rank-r
+    approximation of the mean adapter."""
     a, b = (int(self.slot[self.names.index(n)]) for n in (kept, gone))
     w = [self.weight[a], self.weight[b]]
     self.adapters[a] = self._mean_adapter(self.adapters[a], self.adapters[b], w)
     blocks = self.blocks
-    for kind in blocks.keys() - {"adapters"}: blocks[kind][a] = (w[0] * blocks[kind][a] + w[1] * blocks[kind][b]) / sum(w)
+    for kind in blocks.keys() - {"adapters"}:
+        blocks[kind][a] = (w[0] * blocks[kind][a] + w[1] * blocks[kind][b]) / sum(w)
     for block in blocks.values():  # close the gap in place
         for i in range(b, len(self.weight) - 1): block[i] = block[i + 1]
     self.weight[a] += self.weight.pop(b)

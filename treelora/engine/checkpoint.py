@@ -361,8 +361,9 @@ def write_peft_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").unlink(missing_ok=True), (folder / "adapter_config.json").unlink(missing_ok=True)  # never through a link
-    data = {key: x.detach().cpu().clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}  # tied ones twice
-    write_file(folder / "adapter_model.safetensors", save_tensors(data, metadata={"format": "pt"}))
+    data = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}  # tied twice
+    data = save_tensors(data, metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", data)
     config = copy(config)
     config.inference_mode = True
     config.save_pretrained(folder)

@@ -50,8 +50,8 @@ class Options:
     adapter: str = "default"  # PEFT's name of the adapter
     seed: int = 0
     cache: int | None = None  # how many stored adapters' rows to keep on the training device; None: one on an accelerator, none on a CPU
-    keep: str = "adapter"  # what is kept per task: the "adapter" with all that belongs to it in PEFT, or "all" that trains
-    shared: str | Sequence[str] = ()  # names of what trains outside the adapter and is shared by all tasks on purpose, e.g. ["head"]
+    keep: str = "adapter"  # per task: the "adapter" and what belongs to it in PEFT, or "all"
+    shared: str | Sequence[str] = ()  # names of what trains and all tasks share, as ["head"]
     bank_folder: str | Path | None = None  # keep the bank in nameless files in this folder, mapped, when it may outgrow memory
     compile: bool = False  # compile distances and pull of `step`, which takes some seconds in the second task's first step: pays for wide adapters
 
@@ -61,7 +61,8 @@ class Options:
         if self.lam < 0: raise ValueError(f"lam={self.lam} must not be negative.")
         if self.cache is not None and (self.cache < 0 or self.cache != int(self.cache)): raise ValueError(f"cache={self.cache} must be a whole number of adapters, 0 for none.")
         check_search(self.search), get_signature(self.signature), as_reference(self.reference)
-        for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS), ("keep", KEEPS)): one_of(what, getattr(self, what), known)
+        for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
+        one_of("keep", self.keep, KEEPS)
 
 # %% ../../nbs/engine/22_options.ipynb #efe2da2a
 def one_of(what: str, value: str, known) -> str:

@@ -214,12 +214,10 @@ def serving(
     self: Router,
     tasks: torch.Tensor,  # (n,) task of each row of the batches to come, as `route` gives them
 ):
-    """A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i].
-
-    Raises ValueError, and changes nothing, where more than A and B is kept per task, and for layers that are no plain LoRA layers."""
-    if self.bank.kept:
-        raise ValueError(f"serving() answers each row with its own A and B, but this model also keeps {next(iter(self.bank.kept.parts))} "
-                         "per task: call load_adapter for each task, or infer(...) with inference=\"routed\", which goes task by task.")
+    """A context in which one forward pass answers a batch that mixes tasks: row i under the
+    adapter of tasks[i]. Raises ValueError, and changes nothing, where more than A and B is kept
+    per task, and for layers that are no plain LoRA layers."""
+    if self.bank.kept: self.bank.kept.refuse_rows()
     slots, which = self.bank.slot[tasks.cpu()].unique(return_inverse=True)
     layout = self.bank.layout
     device = layout.params[0].device

@@ -45,8 +45,9 @@ class Store:
         "Everything but a running task; nothing is copied."
         (names, blocks), (shape, cuts), (groups, moments) = self.bank.pack(), tree.state(), self.stats.pack()
         plain = {"format": FORMAT, "config": config, "layers": self.layout.describe()} | names | {"tree": shape, "groups": groups}
-        plain, beside = plain | self.kept.describe(), {"kept.initial": self.kept.initial, "kept.current": self.kept.read()} if self.kept else {}
-        return plain, blocks | {"initial": initial, "current": self.model.read()} | beside | _under("features", moments) | _under("tree", cuts)
+        now = {"initial": initial, "current": self.model.read()} | self.kept.pack()
+        more = _under("features", moments) | _under("tree", cuts)
+        return plain | self.kept.describe(), blocks | now | more
 
     def unpack(self, plain: dict, tensors: dict[str, torch.Tensor]) -> tuple[TaskTree, torch.Tensor]:
         "Put a packed state back into bank, features and model; returns the tree and the initial adapter."

@@ -66,7 +66,8 @@ def model_card(
 ) -> str:  # markdown
     "The README.md of a shared folder. Raises ValueError for a licence or base model that is no single word."
     peft = hasattr(tl.model, "peft_config")
-    base = base_model or (tl.model.peft_config[tl.adapter].base_model_name_or_path or None if peft else None)
+    theirs = tl.model.peft_config[tl.adapter].base_model_name_or_path if peft else None
+    base = base_model or theirs or None
     for what, value in (("licence", license), ("base model", base)):
         if value is not None and not re.fullmatch(r"\S+", str(value)): raise ValueError(f"The {what} {value!r} must be one word, as the hub writes it, such as {'apache-2.0' if what == 'licence' else 'OWNER/NAME'}.")
     front = {"library_name": "peft" if peft else "treelora", "base_model": base, "license": license, "tags": ["treelora", "lora", "continual-learning"]}
