@@ -118,8 +118,9 @@ def _check_run(tl: TreeLoRA, task: str, adapter: torch.Tensor, folder: Path, ban
     "Raise ValueError when a saved run is not the one that is about to go on."
     (plain, tensors), (running, own) = bank, saved
     changed = [k for k, v in tl.config.items() if plain["config"].get(k) != v]
-    same_rows = plain["names"] == tl.bank.names and all(torch.equal(tensors[k], getattr(tl.bank, k)) for k in ("adapters", "signatures"))
-    if plain["layers"] != tl.layout.describe(): problem = "is from a model with other LoRA layers"
+    same_kept, blocks = plain.get("kept") == tl.kept.describe().get("kept"), tl.bank.blocks
+    same_rows = plain["names"] == tl.bank.names and same_kept and all(torch.equal(tensors[k], x) for k, x in blocks.items())
+    if plain["layers"] != tl.layout.describe() or not same_kept: problem = "is from a model with other LoRA layers"
     elif running["name"] != task: problem = f"is in the middle of task {running['name']!r}, but this callback trains {task!r}"
     elif len(tl.bank) and plain["names"] != tl.bank.names: problem = f"comes after the tasks {plain['names']}, but this bank has {tl.bank.names}"
     elif len(tl.bank) and not same_rows: problem = f"comes after other runs of the tasks {plain['names']} than this bank holds"
@@ -234,7 +235,7 @@ class TreeLoraCallback(RunningTask, TrainerCallback):
         if saved:
             _check_run(self.tl, self.task, adapter, folder, *saved)
             self.tl._restore(*saved[0])
-            self.tl.live.write(saved[1][1]["before"])
+            self.tl.live.write(saved[1][1]["before"], saved[1][1].get("before.kept"))
         self._open(context, state, model)
         try: restore_task(self.tl._open(), self.tl.live, *saved[1]) if saved else _look(self.tl, model, train_dataloader, args)
         except BaseException:

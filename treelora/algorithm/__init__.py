@@ -7,7 +7,8 @@ __all__ = ['TreeLoRA', 'VARIANTS']
 
 # %% ../../nbs/engine/23_afterwards.ipynb #e6edcf05
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from torch import nn
 
 from .conductor import TreeLoRA
 from ..engine.device import bytes_of
+from ..engine.kept import as_saved
 from ..engine.options import VARIANTS
 from ..engine.reference import reference_gradient, reference_point
+from ..engine.routing import grouped
 from ..engine.signals import loss_now
 from ..engine.starts import Race, Start
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
-from ..lora import lora_layers
+from ..lora import adapters_off, lora_layers
 from ..signature import Layout
 
 # %% ../../nbs/engine/23_afterwards.ipynb #00489c74
@@ -33,7 +36,7 @@ _all_ = ["TreeLoRA", "VARIANTS"]
 def load_adapter(self: TreeLoRA, name: str) -> None:
     "Put a learned task's adapter into the model. Raises ValueError for an unknown task, or while a task trains."
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is training; load an adapter after it has ended.")
-    self.live.write(self.bank.adapter(name))
+    self.live.write(*self.bank.whole(name))
 
 
 @patch
@@ -58,13 +61,32 @@ def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tenso
 @torch.no_grad()
 def infer(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features: Callable | None = None) -> torch.Tensor:
     "Outputs `forward(inputs)` under the adapter that `inference` asks for: the model's own (latest), or that of each input's task (routed), found by `features(inputs)`."
-    return forward(inputs) if self.inference == "latest" else self.router.infer(inputs, forward, features)
+    if self.inference == "latest": return forward(inputs)
+    if self.kept: return self._by_task(inputs, forward, features)
+    return self.router.infer(inputs, forward, features)
 
 
 @patch
 def serving(self: TreeLoRA, tasks: torch.Tensor):  # (n,) task of each row, as `route` gives them
     "A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i]."
     return self.router.serving(tasks)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #56da9d21
+@patch
+@contextmanager
+def unadapted(self: TreeLoRA) -> Iterator[nn.Module]:
+    """The model as it was before the first task: without its adapter, and what is kept beside
+    it as it was then."""
+    with self.kept.holding(self.kept.initial), adapters_off(self.model): yield self.model
+
+
+@patch
+def _by_task(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features) -> torch.Tensor:
+    "Outputs under each input's task, one task after the other."
+    with self.unadapted(): tasks = self.router.tasks_of(inputs, features)
+    def under(task: int, rows: torch.Tensor) -> torch.Tensor:
+        with self.live.under(torch.tensor([task])): return forward(rows)
+    return grouped(inputs, tasks, under)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #9bbbef63
 @patch
@@ -111,10 +133,10 @@ def _race(self: TreeLoRA) -> Race:
 def _look_at_start(self: TreeLoRA, now: TaskInProgress, loss: Callable) -> bool:
     "A look of the race; returns whether it goes on."
     start, batch = now.race.next_look()
-    before = self.live.read()
-    self.live.write(self.starts_of.adapter(start, self.initial))
+    before = self.live.whole()
+    self.live.write(*self.starts_of.whole(start, self.initial))
     try: seen = loss_now(lambda: loss(batch))
-    finally: self.live.write(before)
+    finally: self.live.write(*before)
     now.race.saw(start, seen.item())
     if now.race.chosen is not None: self._settle(now)
     return now.searching
@@ -145,7 +167,8 @@ def refer(
     o = self.options
     point = reference_point(self.layout, self.initial, o.point.deviation, o.seed)
     losses = (lambda i=i: loss(i) for i in range(o.point.batches))
-    now.signature.take(reference_gradient(self.model, self.layout, losses, point, o.point.unit))
+    with self.kept.holding(self.kept.initial):
+        now.signature.take(reference_gradient(self.model, self.layout, losses, point, o.point.unit))
     if o.refers: self._compare(now)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #13f35604
@@ -185,7 +208,7 @@ def _settle(self: TreeLoRA, now: TaskInProgress) -> None:
     else:
         branch = now.race.branch()
         now.arms = None if branch is None else torch.tensor([branch])
-        self.live.write(self.starts_of.adapter(now.race.start, self.initial))
+        self.live.write(*self.starts_of.whole(now.race.start, self.initial))
     now.signature.begin(self.params)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #9a0c9985
@@ -212,10 +235,12 @@ def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an old
 
 @patch
 @classmethod
-def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "default", **where) -> TreeLoRA:  # where it runs: cache, bank_folder, compile
+def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "default", **where) -> TreeLoRA:  # where it runs: cache, bank_folder, compile; `shared`, if other
     "The object that `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from another model; the model is untouched then."
     plain, tensors = Store.read(folder, Layout(lora_layers(model, adapter)))
-    tl = cls(model, adapter=adapter, **where, **plain["config"])
+    said = as_saved(plain, model, adapter) | where
+    tl = cls(model, adapter=adapter, **said, **plain["config"])
+    tl.kept.check_same(plain, str(folder))
     tl._restore(plain, tensors)
     return tl
 

@@ -19,6 +19,7 @@ from ..bandit import get_search
 from ..engine.bank import Bank
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
+from ..engine.kept import parts_of
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
@@ -26,8 +27,7 @@ from ..engine.signals import SIGNALS
 from ..engine.starts import Starts
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
-from ..lora import lora_layers
-from ..signature import Layout, get_signature
+from ..signature import get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
 
@@ -46,14 +46,14 @@ class TreeLoRA:
         **options,  # depth, budget, init, inference and others, see `Options`
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
-        self.model, self.layout = model, Layout(lora_layers(model, o.adapter))
-        self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder), TaskTree(o.split, o.depth, o.budget)
+        self.model, (self.layout, self.kept) = model, parts_of(model, o.adapter, o.keep, o.shared)
+        self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder, self.kept), TaskTree(o.split, o.depth, o.budget)
         self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
         self.router = Router(model, self.bank, o.adapter)
         self.stats, self.initial = self.router.stats, self.live.read()
-        self.store = Store(self.layout, self.bank, self.stats, self.live)
+        self.store = Store(self.layout, self.bank, self.stats, self.live, self.kept)
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
     lam = property(lambda self: self.pull.lam, lambda self, value: setattr(self.pull, "lam", value), doc="The strength, which may change between tasks.")
@@ -92,6 +92,7 @@ def task(
     if name in self.bank: raise ValueError(f"A task {name!r} was learned already; a name is used once.")
     if self.options.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")
     if self._paused is not None: self._paused.check(name)
+    self.kept.check()
     return self._task(name, rounds, epoch)
 
 # %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
@@ -100,7 +101,7 @@ def task(
 def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator:
     "What `task` opens."
     paused, self._paused = self._paused, None
-    before = self.live.read() if paused is None else paused.before
+    before = self.live.whole() if paused is None else paused.before
     self._now = self._begin(name, rounds, epoch)
     self._now.before = before
     after = self._after_optimizer
@@ -110,7 +111,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
         yield self
         self._end(self._now)
     except BaseException:
-        self.live.write(before)  # a task that fails leaves no trace
+        self.live.write(*before)  # a task that fails leaves no trace
         raise
     finally:
         self._now = None
@@ -121,7 +122,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
 def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> TaskInProgress:
     "Start a task: its adapter's start, its search, its empty signature."
     self.live.prepare()
-    if self.init == "fresh": self.live.write(self.initial)
+    if self.init == "fresh": self.live.write(self.initial, self.kept.initial)
     signature, n, o = get_signature(self.options.signature)(self.layout, self.live.device), len(self.bank), self.options
     signature.begin(self.params)
     width = 1 if self.seen.one_for_all or o.refers else self.layout.n_layers
@@ -143,7 +144,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
         raise ValueError(f"Task {now.name!r} ended without a step; nothing was recorded.")
     for norms, t in now.norms.flush(): _finite(self.layout.names, norms, now.name, t)
     signature = now.signature.value().cpu() if now.trained else self._untrained(now)
-    self.bank.add(now.name, signature, self.live.read())
+    self.bank.add(now.name, signature, *self.live.whole())
     try: merges = self.tree.insert(now.name, self._tree_rows(signature))
     except ValueError:
         self.bank.drop()

@@ -6,13 +6,14 @@
 __all__ = ['Block', 'FileBlock', 'Bank']
 
 # %% ../../nbs/engine/11_bank.ipynb #61f02b73
-import mmap, tempfile
+import math, mmap, tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from .kept import Kept
 from ..patch import patch
 from ..signature import Layout
 from ..tree import merge_lora
@@ -23,9 +24,10 @@ class Block:
 
     def __init__(
         self,
-        shape: tuple[int, int],  # (L, D)
+        shape: tuple[int, ...],  # (L, D)
+        dtype: torch.dtype = torch.float32,
     ):
-        self.room = torch.empty(0, *shape)
+        self.room = torch.empty(0, *shape, dtype=dtype)
 
     def put(
         self,
@@ -45,7 +47,7 @@ class Block:
 
     def _doubled(self, used: int) -> torch.Tensor:
         "Twice the room, with what is there."
-        larger = torch.empty(max(4, 2 * used), *self.room.shape[1:])
+        larger = torch.empty(max(4, 2 * used), *self.room.shape[1:], dtype=self.room.dtype)
         larger[:used] = self.room
         return larger
 
@@ -55,11 +57,13 @@ class FileBlock(Block):
 
     def __init__(
         self,
-        shape: tuple[int, int],  # (L, D)
+        shape: tuple[int, ...],  # (L, D)
         folder: str | Path,  # where the file lies
+        dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(shape)
-        self.folder, self.bytes, self.own = folder, 4 * shape[0] * shape[1], 0  # bytes of a slot, slots that are in the file
+        super().__init__(shape, dtype)
+        self.folder, self.bytes = folder, math.prod(shape) * dtype.itemsize  # of a slot
+        self.own = 0  # slots that are in the file
         with self._told(): self.file = tempfile.TemporaryFile(dir=folder, buffering=0)
 
     def put(self, slot, rows):
@@ -73,7 +77,8 @@ class FileBlock(Block):
         for slot in range(self.own, used): self._write(slot, self.room[slot])  # a block that was loaded
         slots = max(4, 2 * used)
         self.file.truncate(slots * self.bytes)
-        return torch.frombuffer(mmap.mmap(self.file.fileno(), slots * self.bytes), dtype=torch.float32).view(slots, *self.room.shape[1:])
+        mapped = mmap.mmap(self.file.fileno(), slots * self.bytes)
+        return torch.frombuffer(mapped, dtype=self.room.dtype).view(slots, *self.room.shape[1:])
 
     def _write(self, slot: int, rows: torch.Tensor) -> None:
         "Write a slot through the file, not through the map, where a full disk would end the process."
@@ -97,37 +102,63 @@ class Bank:
         self,
         layout: Layout,
         folder: str | Path | None = None,  # keep the blocks in nameless files there; None: in memory
+        kept: Kept | None = None,  # what is kept per task beside the adapter
     ):
-        self.layout, self.names, self.folder = layout, [], folder
+        self.layout, self.names, self.folder, self.kept = layout, [], folder, kept or None
         self.slot = torch.empty(0, dtype=torch.long)  # (N,) where each task's rows are
         self.weight: list[int] = []  # how many tasks each slot stands for
         self.starts: dict[str, list] = {}  # where tasks started: see `engine.starts`
-        shape = layout.n_layers, layout.width
-        self._blocks = {kind: Block(shape) if folder is None else FileBlock(shape, folder) for kind in ("adapters", "signatures")}
+        kinds = ["adapters", "signatures", *(["kept"] if kept else [])]
+        self._blocks = {kind: self._block(kind) for kind in kinds}
+
+    def _block(self, kind: str) -> Block:
+        "An empty block, in memory or in a file."
+        shape, dtype = (self.layout.n_layers, self.layout.width), torch.float32
+        if kind == "kept": shape, dtype = (len(self.kept),), self.kept.dtype
+        return Block(shape, dtype) if self.folder is None else FileBlock(shape, self.folder, dtype)
 
     def __len__(self): return len(self.names)
     def __contains__(self, name): return name in self.names
 
-    @property
-    def adapters(self) -> torch.Tensor:  # (slots, L, D)
-        "The stored adapters."
-        return self._blocks["adapters"].room[:len(self.weight)]
+# %% ../../nbs/engine/11_bank.ipynb #96647a93
+@patch
+@property
+def blocks(self: Bank) -> dict[str, torch.Tensor]:
+    """What is stored, by kind: `adapters` and `signatures`, each (slots, L, D), and `kept`
+    (slots, E) if there is more."""
+    return {kind: block.room[:len(self.weight)] for kind, block in self._blocks.items()}
 
-    @property
-    def signatures(self) -> torch.Tensor:  # (slots, L, D)
-        "The stored signatures."
-        return self._blocks["signatures"].room[:len(self.weight)]
+# %% ../../nbs/engine/11_bank.ipynb #3f1a5d87
+@patch
+@property
+def adapters(self: Bank) -> torch.Tensor:  # (slots, L, D)
+    "The stored adapters."
+    return self._blocks["adapters"].room[:len(self.weight)]
 
-    @property
-    def stored_bytes(self) -> int:
-        "What the bank keeps, in bytes."
-        return sum(x.numel() * x.element_size() for x in (self.adapters, self.signatures))
+
+@patch
+@property
+def signatures(self: Bank) -> torch.Tensor:  # (slots, L, D)
+    "The stored signatures."
+    return self._blocks["signatures"].room[:len(self.weight)]
+
+
+@patch
+@property
+def stored_bytes(self: Bank) -> int:
+    "What the bank keeps, in bytes."
+    return sum(x.numel() * x.element_size() for x in self.blocks.values())
 
 # %% ../../nbs/engine/11_bank.ipynb #5265143e
 @patch
-def add(self: Bank, name: str, signature: torch.Tensor, adapter: torch.Tensor) -> None:
-    "Store a task's (L, D) signature and adapter in a new slot. Raises OSError, and stores nothing, when a file has no room."
-    for kind, new in (("adapters", adapter), ("signatures", signature)): self._blocks[kind].put(len(self.weight), new)
+def add(
+    self: Bank, name: str, signature: torch.Tensor, adapter: torch.Tensor,
+    kept: torch.Tensor | None = None,
+) -> None:
+    """Store a task's (L, D) signature and adapter, and (E,) what is kept beside it, in a new
+    slot. Raises OSError, and stores nothing, when a file has no room."""
+    new = {"adapters": adapter, "signatures": signature, "kept": kept}
+    for kind, block in self._blocks.items(): block.put(len(self.weight), new[kind])
     self.names.append(name)
     self.slot = torch.cat([self.slot, torch.tensor([len(self.weight)])])
     self.weight.append(1)
@@ -146,6 +177,13 @@ def adapter(self: Bank, name: str) -> torch.Tensor:  # (L, D)
     "A task's adapter. Raises ValueError for an unknown task."
     if name not in self: raise ValueError(f"No adapter of a task {name!r}; the bank has {self.names}.")
     return self.adapters[self.slot[self.names.index(name)]]
+
+
+@patch
+def whole(self: Bank, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:  # (L, D), (E,)
+    "A task's adapter and what is kept beside it. Raises ValueError for an unknown task."
+    adapter = self.adapter(name)
+    return adapter, self.blocks["kept"][self.slot[self.names.index(name)]] if self.kept else None
 
 # %% ../../nbs/engine/11_bank.ipynb #5f965f0d
 @patch
@@ -176,12 +214,15 @@ def gather(
 # %% ../../nbs/engine/11_bank.ipynb #074ada84
 @patch
 def merge(self: Bank, kept: str, gone: str) -> None:
-    "Let two tasks share a slot: weighted mean signature, best rank-r approximation of the mean adapter."
+    """Let two tasks share a slot: weighted mean of signatures and of kept parts, best rank-r
+    approximation of the mean adapter."""
     a, b = (int(self.slot[self.names.index(n)]) for n in (kept, gone))
     w = [self.weight[a], self.weight[b]]
     self.adapters[a] = self.mean_adapter([self.adapters[a], self.adapters[b]], w)
-    self.signatures[a] = (w[0] * self.signatures[a] + w[1] * self.signatures[b]) / sum(w)
-    for block in (self.adapters, self.signatures):  # close the gap in place
+    blocks = self.blocks
+    for kind in blocks.keys() - {"adapters"}:
+        blocks[kind][a] = (w[0] * blocks[kind][a] + w[1] * blocks[kind][b]) / sum(w)
+    for block in blocks.values():  # close the gap in place
         for i in range(b, len(self.weight) - 1): block[i] = block[i + 1]
     self.weight[a] += self.weight.pop(b)
     self.slot = torch.where(self.slot == b, a, self.slot)
@@ -214,7 +255,7 @@ def pack(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into 
     "Names and slots, and the blocks, uncopied."
     starts = {"starts": dict(self.starts)} if self.starts else {}
     return ({"names": list(self.names), "slot": self.slot.tolist(), "weight": list(self.weight)} | starts,
-            {"adapters": self.adapters, "signatures": self.signatures})
+            self.blocks)
 
 
 @patch

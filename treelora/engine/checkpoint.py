@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'KEEP', 'INDEX', 'MOVING', 'STILL', 'check_writable', 'Weights', 'fingerprint', 'file_sha256',
            'weights_sha256', 'Damaged', 'Saved', 'Checkpoints', 'random_states', 'restore_random_states', 'write_peft',
-           'read_peft', 'peft_names']
+           'write_peft_folder', 'read_peft', 'peft_names']
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0004
 import hashlib, json, os, random, shutil, tempfile, warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .files import sha256_of, write_file
+from .kept import peft_parts
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #7aa3c211
 def check_writable(
@@ -344,17 +346,27 @@ def write_peft(
     folder: str | Path,  # made if missing; `PeftModel.from_pretrained` and the hub take it as it is
     values: dict[str, torch.Tensor] | None = None,  # of the model's parameters, by name; None: as they are now
 ) -> None:
-    "Write an adapter in PEFT's format."
+    "Write the active adapter, with all that belongs to it, in PEFT's format."
+    names, now = _names(model), peft_parts(model, model.active_adapter)
+    own = {key: (values or {}).get(names[id(x)], x) for key, x in now.items()}
+    write_peft_folder(folder, own, model.peft_config[model.active_adapter])
+
+
+def write_peft_folder(
+    folder: str | Path,  # made if missing
+    tensors: dict[str, torch.Tensor],  # by their names in PEFT's files
+    config,  # PEFT's configuration of the adapter
+) -> None:
+    "Write tensors and configuration as PEFT does."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = peft_names(model)
-    values = values or dict(model.named_parameters())
     (folder / "adapter_model.safetensors").unlink(missing_ok=True), (folder / "adapter_config.json").unlink(missing_ok=True)  # never through a link
-    write_file(folder / "adapter_model.safetensors", save_tensors({key: values[name].detach().cpu().contiguous() for name, key in names.items()}, metadata={"format": "pt"}))
-    config = model.peft_config[model.active_adapter]
-    training, config.inference_mode = config.inference_mode, True
-    try: config.save_pretrained(folder)
-    finally: config.inference_mode = training
+    data = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}  # tied twice
+    data = save_tensors(data, metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", data)
+    config = copy(config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
 
 
 def read_peft(
@@ -369,7 +381,10 @@ def read_peft(
 def peft_names(model: nn.Module) -> dict[str, str]:
     "The model's adapter parameters, and what PEFT calls them in files; empty for a model without PEFT's adapters."
     if not hasattr(model, "peft_config"): return {}
-    from peft import get_peft_model_state_dict  # here: vision runs need no PEFT
-    known = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    short = {n: n.replace(f".{model.active_adapter}", "") for n, _ in model.named_parameters()}
-    return {n: key for n, key in short.items() if key in known}
+    names = _names(model)
+    return {names[id(x)]: key for key, x in peft_parts(model, model.active_adapter).items()}
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    "What the model calls its parameters and buffers."
+    return {id(x): n for n, x in (*model.named_buffers(), *model.named_parameters())}

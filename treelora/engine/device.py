@@ -168,8 +168,21 @@ def read(self: ModelAdapter) -> torch.Tensor:  # (L, D) on the host
 
 
 @patch
-def write(self: ModelAdapter, adapter: torch.Tensor) -> None:
-    "Put an (L, D) adapter into the model."
+def kept_now(self: ModelAdapter) -> torch.Tensor | None:  # (E,) on the host
+    "What is kept beside the adapter, as it is now; None when nothing is."
+    return self.bank.kept.read() if self.bank.kept else None
+
+
+@patch
+def whole(self: ModelAdapter) -> tuple[torch.Tensor, torch.Tensor | None]:
+    "The adapter and what is kept beside it, as they are now."
+    return self.read(), self.kept_now()
+
+
+@patch
+def write(self: ModelAdapter, adapter: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+    "Put an (L, D) adapter into the model, and E numbers into what is kept beside it."
+    if kept is not None and self.bank.kept: self.bank.kept.write(kept)
     values = self.values()
     for g in self.groups:
         g.scratch.copy_(adapter[g.layers])
@@ -188,9 +201,12 @@ def stored(self: ModelAdapter, arms: torch.Tensor, kind: str = "adapters") -> It
 
 @patch
 def become(self: ModelAdapter, arms: torch.Tensor) -> None:
-    "Put the stored adapters of the layers' arms into the model."
+    "Put the stored adapters of the layers' arms into the model, and what is kept beside them."
     values = self.values()
     for g in self.stored(arms): torch._foreach_copy_(values[g.params], g.views)
+    if not self.bank.kept: return
+    slots = self.bank.slot[arms.expand(self.layout.n_layers)]
+    self.bank.kept.write(self.bank.kept.chosen(self.bank.blocks["kept"], slots))
 
 
 @patch
@@ -198,10 +214,12 @@ def become(self: ModelAdapter, arms: torch.Tensor) -> None:
 def under(self: ModelAdapter, arms: torch.Tensor) -> Iterator[None]:
     "The model with row l of task arms[l] in layer l, restored afterwards."
     values = self.values()
-    aside = [x.clone() for x in values]
+    aside, beside = [x.clone() for x in values], self.kept_now()
     self.become(arms)
     try: yield
-    finally: torch._foreach_copy_(values, aside)
+    finally:
+        torch._foreach_copy_(values, aside)
+        if beside is not None: self.bank.kept.write(beside)
 
 
 @patch

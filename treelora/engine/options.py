@@ -6,10 +6,12 @@
 __all__ = ['INITS', 'INFERENCES', 'ROOTS', 'KINDS', 'VARIANTS', 'Options', 'one_of']
 
 # %% ../../nbs/engine/22_options.ipynb #7d128505
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..bandit import check_search
+from .kept import KEEPS
 from .pulls import PENALTIES
 from .reference import Reference, as_reference
 from .signals import SIGNALS
@@ -50,6 +52,8 @@ class Options:
     adapter: str = "default"  # PEFT's name of the adapter
     seed: int = 0
     cache: int | None = None  # how many stored adapters' rows to keep on the training device; None: one on an accelerator, none on a CPU
+    keep: str = "adapter"  # per task: the "adapter" and what belongs to it in PEFT, or "all"
+    shared: str | Sequence[str] = ()  # names of what trains and all tasks share, as ["head"]
     bank_folder: str | Path | None = None  # keep the bank in nameless files in this folder, mapped, when it may outgrow memory
     compile: bool = False  # compile distances and pull of `step`, which takes some seconds in the second task's first step: pays for wide adapters
 
@@ -61,6 +65,7 @@ class Options:
         self._check_starts()
         check_search(self.search), get_signature(self.signature), as_reference(self.reference)
         for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
+        one_of("keep", self.keep, KEEPS)
 
 # %% ../../nbs/engine/22_options.ipynb #87d824c2
 @patch

@@ -39,7 +39,8 @@ def task_state(
     plain = {"name": now.name, "round": now.round, "rounds": now.rounds, "epoch": now.epoch,
              "looked": now.looked, "held": now.held, "paired": now.paired.state(), "count": now.signature.count, "recent": getattr(now.signature, "recent", False),
              "groups": [[list(group), n] for group, n in now.stats.counts.items()], "norms": [t for _, t in _waiting(now.norms)], "search": _numbers_of(now.search)}
-    found = {"adapter": model.read(), "before": now.before, "total": now.signature.total.matrix, "arms": now.arms, "scale": now.scale,
+    found = dict(zip(("before", "before.kept", "adapter", "kept"), now.before + model.whole()))
+    found |= {"total": now.signature.total.matrix, "arms": now.arms, "scale": now.scale,
              "scatter": now.stats.scatter, "picks": stacked(now.picks), "means": stacked(list(now.stats.means.values())),
              "norms": stacked([x for x, _ in _waiting(now.norms)]), "losses": stacked([x for x, _ in _waiting(now.losses)]),
              "losses.arms": stacked([arms for _, arms in _waiting(now.losses)])}
@@ -67,7 +68,8 @@ def restore_task(
     now.round, now.rounds, now.epoch, signature.count, signature.recent = (plain[k] for k in ("round", "rounds", "epoch", "count", "recent"))
     signature.total.matrix.copy_(tensors["total"])
     if "start" in tensors: signature.start = [x.to(model.device) for x in model.layout.views(tensors["start"])]
-    now.before, now.arms, now.picks = tensors["before"], tensors.get("arms"), list(tensors.get("picks", ()))
+    now.before = tensors["before"], tensors.get("before.kept")
+    now.arms, now.picks = tensors.get("arms"), list(tensors.get("picks", ()))
     now.scale, now.held = tensors.get("scale"), plain.get("held", 0)
     now.looked = plain.get("looked", now.round)  # older states counted both as rounds
     now.paired.restore(plain.get("paired", []))
@@ -79,7 +81,7 @@ def restore_task(
         for k, x in _tensors_of(now.search).items(): x.copy_(tensors[f"search.{k}"])
         now.search.rng.set_state(tensors["search.rng"])
         vars(now.search).update(plain["search"])
-    model.write(tensors["adapter"])
+    model.write(tensors["adapter"], tensors.get("kept"))
 
 # %% ../../nbs/engine/20_resume.ipynb #a320643e
 def ended(plain: dict, tensors: dict[str, torch.Tensor]) -> TaskInProgress:

@@ -214,7 +214,10 @@ def serving(
     self: Router,
     tasks: torch.Tensor,  # (n,) task of each row of the batches to come, as `route` gives them
 ):
-    "A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i]."
+    """A context in which one forward pass answers a batch that mixes tasks: row i under the
+    adapter of tasks[i]. Raises ValueError, and changes nothing, where more than A and B is kept
+    per task, and for layers that are no plain LoRA layers."""
+    if self.bank.kept: self.bank.kept.refuse_rows()
     slots, which = self.bank.slot[tasks.cpu()].unique(return_inverse=True)
     layout = self.bank.layout
     device = layout.params[0].device
@@ -231,6 +234,11 @@ def infer(
     features: Callable[[torch.Tensor], torch.Tensor] | None,  # inputs -> (n, F)
 ) -> torch.Tensor:  # (n, ...)
     "Outputs under the adapter of each input's task. Raises ValueError without `features`."
+    with self.serving(self.tasks_of(inputs, features)): return forward(inputs)
+
+
+@patch
+def tasks_of(self: Router, inputs: torch.Tensor, features: Callable | None) -> torch.Tensor:  # (n,)
+    "The task of each input, by un-adapted features. Raises ValueError without `features`."
     if features is None: raise ValueError('inference="routed" needs features=f, f the model\'s features of some inputs.')
-    with adapters_off(self.model): tasks = self.route(features(inputs))
-    with self.serving(tasks): return forward(inputs)
+    with adapters_off(self.model): return self.route(features(inputs))

@@ -67,6 +67,21 @@ def adapter(
     if start.kind != "vector": return own
     return own + start.share * self.vector(start.tasks[1], initial)
 
+# %% ../../nbs/engine/30_starts.ipynb #48227fe2
+@patch
+def beside(self: Starts, start: Start) -> torch.Tensor | None:  # (E,)
+    "What is kept beside a start's adapter; None when nothing is."
+    if not self.bank.kept: return None
+    if start.kind == "fresh": return self.bank.kept.initial
+    tasks = start.tasks if start.kind == "node" else start.tasks[:1]
+    return torch.stack([self.bank.whole(task)[1] for task in tasks]).mean(0)
+
+
+@patch
+def whole(self: Starts, start: Start, initial: torch.Tensor) -> tuple:  # (L, D), (E,)
+    "The adapter of a start, and what is kept beside it."
+    return self.adapter(start, initial), self.beside(start)
+
 # %% ../../nbs/engine/30_starts.ipynb #43c5066e
 @patch
 def vector(self: Starts, task: str, initial: torch.Tensor) -> torch.Tensor:  # (L, D)

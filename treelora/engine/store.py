@@ -15,6 +15,7 @@ from .bank import Bank
 from .device import ModelAdapter
 from .features import FeatureStats
 from .files import FORMAT, read_state, summary, write_state
+from .kept import Kept
 from .resume import ended, restore_task, stacked, task_state
 from .task import TaskInProgress
 from ..patch import patch
@@ -31,8 +32,9 @@ class Store:
         bank: Bank,
         stats: FeatureStats,  # of all tasks
         model: ModelAdapter,
+        kept: Kept,  # what is kept per task beside the adapter
     ):
-        self.layout, self.bank, self.stats, self.model = layout, bank, stats, model
+        self.layout, self.bank, self.stats, self.model, self.kept = layout, bank, stats, model, kept
 
     def pack(
         self,
@@ -43,13 +45,16 @@ class Store:
         "Everything but a running task; nothing is copied."
         (names, blocks), (shape, cuts), (groups, moments) = self.bank.pack(), tree.state(), self.stats.pack()
         plain = {"format": FORMAT, "config": config, "layers": self.layout.describe()} | names | {"tree": shape, "groups": groups}
-        return plain, blocks | {"initial": initial, "current": self.model.read()} | _under("features", moments) | _under("tree", cuts)
+        now = {"initial": initial, "current": self.model.read()} | self.kept.pack()
+        more = _under("features", moments) | _under("tree", cuts)
+        return plain | self.kept.describe(), blocks | now | more
 
     def unpack(self, plain: dict, tensors: dict[str, torch.Tensor]) -> tuple[TaskTree, torch.Tensor]:
         "Put a packed state back into bank, features and model; returns the tree and the initial adapter."
         self.bank.unpack(plain, tensors)
+        if self.kept: self.kept.initial = tensors["kept.initial"].clone()
         self.stats.unpack(plain["groups"], _below("features", tensors))
-        self.model.write(tensors["current"])
+        self.model.write(tensors["current"], tensors.get("kept.current"))
         return TaskTree.from_state(plain["tree"], _below("tree", tensors)), tensors["initial"]
 
 
@@ -68,6 +73,7 @@ def check(self: Store, plain: dict, config: dict) -> None:
     "Raise ValueError for a state of another model, or one that was taken with other settings."
     if plain["layers"] != self.layout.describe():
         raise ValueError(f"The state is of another model: its LoRA layers are {summary(plain['layers'])}, this model's are {summary(self.layout.describe())}.")
+    self.kept.check_same(plain)
     if changed := [k for k, v in config.items() if plain["config"].get(k) != v]:
         raise ValueError(f"The state was taken with other settings of TreeLoRA ({', '.join(changed)}); make it with the same ones.")
 
@@ -95,9 +101,9 @@ class Paused:
     tensors: dict[str, torch.Tensor]
 
     @property
-    def before(self) -> torch.Tensor:  # (L, D)
-        "The adapter when the task began."
-        return self.tensors["before"]
+    def before(self) -> tuple[torch.Tensor, torch.Tensor | None]:  # (L, D), (E,)
+        "The adapter when the task began, and what is kept beside it."
+        return self.tensors["before"], self.tensors.get("before.kept")
 
     @property
     def described(self) -> dict:

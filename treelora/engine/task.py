@@ -100,7 +100,7 @@ class TaskInProgress:
     scale: torch.Tensor | None = None  # running maximum of the losses, by which they are scaled
     picks: list = field(default_factory=list)  # arms of each round
     stats: FeatureStats = field(default_factory=FeatureStats)
-    before: torch.Tensor | None = None  # (L, D) the adapter when the task began, for an abort
+    before: tuple | None = None  # the adapter and what is kept beside it, for an abort
     looked: int = 0  # how often the search has looked
     held: int = 0  # steps that only looked for the branch, with the adapter held still
     paired: PairedLooks = field(default_factory=PairedLooks)  # looks before the first step

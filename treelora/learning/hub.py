@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..algorithm import TreeLoRA
-from ..engine.checkpoint import write_peft
+from ..engine.checkpoint import write_peft_folder
 from ..engine.files import replace_file
 
 # %% ../../nbs/learning/15_hub.ipynb #77a00010
@@ -45,10 +45,8 @@ def write_adapters(
     "Write every task's adapter in PEFT's format. Raises ValueError when another adapter than TreeLoRA's is active."
     if tl.model.active_adapter != tl.adapter:
         raise ValueError(f"PEFT's active adapter is {tl.model.active_adapter!r}, but TreeLoRA has trained {tl.adapter!r}; call model.set_adapter({tl.adapter!r}) first.")
-    names, own = {id(p): n for n, p in tl.model.named_parameters()}, dict(tl.model.named_parameters())
     for place, task in [(".", tl.bank.names[-1]), *((task_folder(tl, task), task) for task in tl.bank.names)]:
-        parts = zip(tl.params, tl.layout.views(tl.bank.adapter(task)))
-        write_peft(tl.model, folder / place, own | {names[id(p)]: x.to(p.dtype).clone() for p, x in parts})
+        write_peft_folder(folder / place, *tl.kept.in_peft(*tl.bank.whole(task), tl.initial))
 
 # %% ../../nbs/learning/15_hub.ipynb #77a00016
 CITATION = """@inproceedings{qian2025treelora,
@@ -68,7 +66,8 @@ def model_card(
 ) -> str:  # markdown
     "The README.md of a shared folder. Raises ValueError for a licence or base model that is no single word."
     peft = hasattr(tl.model, "peft_config")
-    base = base_model or (tl.model.peft_config[tl.adapter].base_model_name_or_path if peft else None)
+    theirs = tl.model.peft_config[tl.adapter].base_model_name_or_path if peft else None
+    base = base_model or theirs or None
     for what, value in (("licence", license), ("base model", base)):
         if value is not None and not re.fullmatch(r"\S+", str(value)): raise ValueError(f"The {what} {value!r} must be one word, as the hub writes it, such as {'apache-2.0' if what == 'licence' else 'OWNER/NAME'}.")
     front = {"library_name": "peft" if peft else "treelora", "base_model": base, "license": license, "tags": ["treelora", "lora", "continual-learning"]}

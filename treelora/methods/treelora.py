@@ -23,6 +23,7 @@ from ..patch import patch
 class TrainsWithTree:
     "The hooks that train with a `TreeLoRA`, for any method of vision or language."
     settings: dict = {}  # of `TreeLoRA`
+    shared: tuple[str, ...] = ()  # what trains beside the adapter and belongs to all tasks
     fixed = ("open",)  # the context of the running task; `restore` opens it again
 
     def plant(self, changes: dict) -> None:
@@ -30,7 +31,8 @@ class TrainsWithTree:
         own, other = dict(self.settings), changes.get("penalty", "l1") != "l1"
         if other and own.get("relative"):  # its lambda has a unit of its own
             own = {k: v for k, v in own.items() if k not in ("lam", "relative")}
-        self.tl = TreeLoRA(self.model, seed=self.seed, **(own | changes))
+        own |= {"shared": self.shared, "seed": self.seed}
+        self.tl = TreeLoRA(self.model, **(own | changes))
         self.options |= {k: v for k, v in self.tl.config.items() if k != "seed"}
         self.open, self.grown, self.branches = ExitStack(), [], []
         self.start, self.movement = None, []  # the adapter before its first step; see `extra`
@@ -171,6 +173,7 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
     year, stores = 2025, "adapters, signatures, tree"
     # App. A.3: depth 5 for ViT
     settings = VARIANTS["paper"] | {"depth": 5, "lam": 1.0, "relative": True}
+    shared = ("head",)  # one head over all classes
 
     def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first",
                  per_class=PER_CLASS, **changes):
