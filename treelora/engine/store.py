@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .bank import Bank
+from .checks import ModelRecord
 from .device import ModelAdapter
 from .features import FeatureStats
 from .files import FORMAT, read_state, summary, write_state
@@ -31,8 +32,10 @@ class Store:
         bank: Bank,
         stats: FeatureStats,  # of all tasks
         model: ModelAdapter,
+        record: ModelRecord,  # what lies under the adapters
     ):
         self.layout, self.bank, self.stats, self.model = layout, bank, stats, model
+        self.record = record
 
     def pack(
         self,
@@ -43,6 +46,7 @@ class Store:
         "Everything but a running task; nothing is copied."
         (names, blocks), (shape, cuts), (groups, moments) = self.bank.pack(), tree.state(), self.stats.pack()
         plain = {"format": FORMAT, "config": config, "layers": self.layout.describe()} | names | {"tree": shape, "groups": groups}
+        plain["model"] = self.record.describe()
         return plain, blocks | {"initial": initial, "current": self.model.read()} | _under("features", moments) | _under("tree", cuts)
 
     def unpack(self, plain: dict, tensors: dict[str, torch.Tensor]) -> tuple[TaskTree, torch.Tensor]:
