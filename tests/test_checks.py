@@ -53,7 +53,7 @@ def train(tl, name, k=0, steps=5, model=None):
 
 
 @torch.no_grad()
-def answers(model): return model(X.to(next(iter(base_weights(model).values())).dtype)).float()
+def answers(model): return model(X.to(list(base_weights(model).values())[-1].dtype)).float()
 
 
 def state(model): return {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
@@ -228,7 +228,7 @@ def test_quantised_bases_work_below_peft_and_are_refused_by_add_lora(tmp_path):
     again.load_adapter("one")
     assert torch.equal(answers(other), right)
     with torch.no_grad(), again.serving(torch.zeros(32, dtype=torch.long)): assert torch.allclose(other(X), right, atol=1e-6)
-    with pytest.raises(ValueError, match="3 of 6 frozen weights|[2-6] of 6 frozen weights"): TreeLoRA.load(tmp_path, quantised(1))
+    with pytest.raises(ValueError, match="[2-6] of 6 frozen weights"): TreeLoRA.load(tmp_path, quantised(1))
     with pytest.raises(ValueError, match="another base model"): TreeLoRA.load(tmp_path, make())
     model = net()
     model.a = Linear4bit(model.a)
@@ -379,22 +379,20 @@ TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.floa
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (5,), (7, 9), (3, 4, 5)])
-def test_weights_of_all_types(dtype, shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
-    w = Weight.of(x)
-    assert from_text(as_text(w)).code == w.code and difference(from_text(as_text(w)), w) is None
-    assert len(w.numbers) == 6 and Weight.of(x.clone()) == w
+def test_weights_of_all_types(dtype):
+    for shape in ((), (0,), (1,), (5,), (7, 9), (3, 4, 5)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
+        w = Weight.of(x)
+        assert from_text(as_text(w)).code == w.code and difference(from_text(as_text(w)), w) is None
+        assert len(w.numbers) == 6 and Weight.of(x.clone()) == w
 
 
 def test_the_checksum_is_of_all_bits():
     x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
-    codes = {checksum(x)}
     for i in (0, 1, 500, 999, 1000):
         y = x.clone()
         y.view(torch.int32)[i] ^= 1
-        codes.add(checksum(y))
-    assert len(codes) == 6
+        assert checksum(y) != checksum(x)
     assert checksum(torch.cat([torch.zeros(1), x])[1:]) == checksum(x) == checksum(x.repeat(2, 1).T.contiguous().T[0].contiguous())
     assert Weight.of(torch.ones(3, 5).T).code == Weight.of(torch.ones(5, 3)).code
 

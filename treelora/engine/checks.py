@@ -172,7 +172,7 @@ def _sums(flat: torch.Tensor) -> tuple[float, float]:
 # %% ../../nbs/engine/32_checks.ipynb #9061fc86
 def as_text(weight: Weight) -> str:
     "A weight as one line of words."
-    shape = "x".join(map(str, weight.shape)) or "1"
+    shape = "x".join(map(str, weight.shape)) or "scalar"
     return " ".join([weight.dtype, shape, weight.code, *(f"{x:.10g}" for x in weight.numbers)])
 
 
@@ -180,7 +180,8 @@ def from_text(text: str) -> Weight:
     "A weight from its line. Raises ValueError for any other."
     dtype, shape, code, *numbers = text.split()
     if len(numbers) != 6: raise ValueError(f"six numbers are wanted: {text!r}")
-    return Weight(dtype, tuple(map(int, shape.split("x"))), code, tuple(map(float, numbers)))
+    sizes = () if shape == "scalar" else tuple(map(int, shape.split("x")))
+    return Weight(dtype, sizes, code, tuple(map(float, numbers)))
 
 # %% ../../nbs/engine/32_checks.ipynb #af400a83
 ROUNDING = {"float64": 2 ** -20, "float32": 2 ** -20, "float16": 2 ** -9, "bfloat16": 2 ** -7}
