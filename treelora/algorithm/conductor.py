@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..bandit import get_search
 from ..engine.bank import Bank
-from ..engine.checks import ModelRecord, check_layers, check_model, uncompiled
+from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.options import VARIANTS, Options, one_of
@@ -46,13 +46,12 @@ class TreeLoRA:
         **options,  # depth, budget, init, inference and others, see `Options`
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
-        check_model(model, o.adapter, not o.frozen)
-        self.model, self.layout = uncompiled(model), Layout(lora_layers(model, o.adapter))
+        self.model, self.layout = check_model(model, o.adapter, not o.frozen), Layout(lora_layers(model, o.adapter))
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder), TaskTree(o.split, o.depth, o.budget)
         self.live = ModelAdapter(self.layout, self.bank, o.cache)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
-        self.router = Router(model, self.bank, o.adapter)
+        self.router = Router(self.model, self.bank, o.adapter)
         self.stats, self.initial = self.router.stats, self.live.read()
         self.store = Store(self.layout, self.bank, self.stats, self.live, ModelRecord(self.model, o.adapter))
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on

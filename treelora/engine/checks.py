@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'TRAINING', 'ROUNDING', 'peft_layers', 'names_of', 'missing', 'switched_off', 'merged', 'inactive',
-           'several', 'frozen', 'check_model', 'check_layers', 'uncompiled', 'checksum', 'Weight', 'as_text',
-           'from_text', 'difference', 'base_weights', 'ModelRecord']
+           'several', 'frozen', 'check_model', 'check_layers', 'checksum', 'Weight', 'as_text', 'from_text',
+           'difference', 'base_weights', 'ModelRecord']
 
 # %% ../../nbs/engine/32_checks.ipynb #1ccab57e
 import zlib
@@ -99,10 +99,11 @@ def check_model(
     model: nn.Module,  # with LoRA layers, from `add_lora` or PEFT
     adapter: str = "default",  # PEFT's name of the adapter
     trains: bool = True,  # whether the adapter is to be trained
-) -> None:
+) -> nn.Module:  # the model itself, without the wrapper of `torch.compile`
     "Raise ValueError with the first sentence that fits a model."
     for question in QUESTIONS + TRAINING * trains:
         if problem := question(model, adapter): raise ValueError(problem)
+    return model._modules.get("_orig_mod", model)
 
 # %% ../../nbs/engine/32_checks.ipynb #b4028642
 def check_layers(model: nn.Module, adapter: str, layout: Layout) -> None:
@@ -110,7 +111,9 @@ def check_layers(model: nn.Module, adapter: str, layout: Layout) -> None:
     now = {x.name: (x.A, x.B) for x in lora_layers(model, adapter)}
     then = dict(zip(layout.names, zip(layout.params[::2], layout.params[1::2])))
     changed = [n for n in now | then if not _same_pair(now.get(n), then.get(n))]
-    if not changed: return check_model(model, adapter)
+    if not changed:
+        check_model(model, adapter)
+        return
     what = "gone" if changed[0] not in now else "other" if changed[0] in then else "new"
     raise ValueError(f"The LoRA layers of the model have changed since this TreeLoRA was made "
                      f"({what}: {changed[0]!r}); make it anew, after the last change.")
@@ -119,11 +122,6 @@ def check_layers(model: nn.Module, adapter: str, layout: Layout) -> None:
 def _same_pair(a: tuple | None, b: tuple | None) -> bool:
     "Whether these are the same two parameters."
     return None not in (a, b) and all(x is y for x, y in zip(a, b))
-
-# %% ../../nbs/engine/32_checks.ipynb #cd189e27
-def uncompiled(model: nn.Module) -> nn.Module:
-    "The model inside of `torch.compile`'s wrapper; any other as it is."
-    return model._modules.get("_orig_mod", model)
 
 # %% ../../nbs/engine/32_checks.ipynb #5c8d314c
 def checksum(
