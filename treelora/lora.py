@@ -216,7 +216,8 @@ def adapters_off(
 # %% ../nbs/core/02_lora.ipynb #110d872e
 def _is_on(module: nn.Module) -> bool:
     "Whether a module is a LoRA layer of PEFT whose corrections are added."
-    return "lora_A" in module._modules and not getattr(module, "disable_adapters", False)
+    known = "lora_A" in module._modules and hasattr(module, "enable_adapters")
+    return known and not getattr(module, "disable_adapters", False)
 
 # %% ../nbs/core/02_lora.ipynb #d04bc9bd
 Pair = tuple[torch.Tensor, torch.Tensor]  # A and B of one layer

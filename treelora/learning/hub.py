@@ -159,7 +159,7 @@ def _cause(error: Exception) -> str:
 # %% ../../nbs/learning/15_hub.ipynb #77a0002b
 def pull(
     place: str | Path,  # a folder, or OWNER/NAME of the hub
-    model,  # with LoRA layers of the same names and shapes
+    model,  # with LoRA layers of the same names, shapes and scales
     adapter: str = "default",  # PEFT's name of the adapter in this model
     revision: str | None = None,  # branch, tag or commit of the repository
     token: str | None = None,  # for a private repository
