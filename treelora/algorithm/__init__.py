@@ -16,6 +16,7 @@ from ..patch import patch
 from torch import nn
 
 from .conductor import TreeLoRA
+from ..engine.checks import check_model, merged
 from ..engine.device import bytes_of
 from ..engine.kept import as_saved
 from ..engine.options import VARIANTS
@@ -36,6 +37,7 @@ _all_ = ["TreeLoRA", "VARIANTS"]
 def load_adapter(self: TreeLoRA, name: str) -> None:
     "Put a learned task's adapter into the model. Raises ValueError for an unknown task, or while a task trains."
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is training; load an adapter after it has ended.")
+    if problem := merged(self.model, self.adapter): raise ValueError(problem)
     self.live.write(*self.bank.whole(name))
 
 
@@ -235,19 +237,33 @@ def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an old
 
 @patch
 @classmethod
-def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "default", **where) -> TreeLoRA:  # where it runs: cache, bank_folder, compile; `shared`, if other
-    "The object that `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from another model; the model is untouched then."
+def load(
+    cls: TreeLoRA,
+    folder: str | Path,
+    model: nn.Module,  # with LoRA layers of the same names, shapes and scales, on the same base
+    adapter: str = "default",  # PEFT's name of the adapter in this model
+    base_changed: str = "refuse",  # "allow": whatever frozen weights lie under the adapters
+    **where,  # where it runs: cache, bank_folder, compile; `shared`, if other
+) -> TreeLoRA:
+    """The object that `save` wrote; a frozen adapter is enough until a task begins.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from
+    another model; the model is untouched then."""
+    check_model(model, adapter, trains=False)
     plain, tensors = Store.read(folder, Layout(lora_layers(model, adapter)))
-    said = as_saved(plain, model, adapter) | where
+    said = {"frozen": True} | as_saved(plain, model, adapter) | where
     tl = cls(model, adapter=adapter, **said, **plain["config"])
     tl.kept.check_same(plain, str(folder))
-    tl._restore(plain, tensors)
+    tl._restore(plain, tensors, base_changed)
     return tl
 
 
 @patch
-def _restore(self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
-    "Take the state that was read."
+def _restore(
+    self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor], base_changed: str = "refuse",
+) -> None:
+    "Take the state that was read. Raises ValueError for one from another model."
+    self.store.record.check(plain.get("model"), base_changed)
     self.tree, self.initial = self.store.unpack(plain, tensors)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #230bb623
@@ -258,13 +274,16 @@ def state(self: TreeLoRA) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes 
 
 
 @patch
-def restore(self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor]) -> None:  # from `state`
+def restore(
+    self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor],  # from `state`
+    base_changed: str = "refuse",  # "allow": whatever frozen weights lie under the adapters
+) -> None:
     """Be what `state` described. A task that was running goes on in the next `with tl.task(name)`, which must be of the same name.
 
-    Raises ValueError, and changes nothing, inside a task, for a state of other LoRA layers, and for one with other settings."""
+    Raises ValueError, and changes nothing, inside a task, for a state of another model, and for one with other settings."""
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is open; restore a state outside of it.")
     self.store.check(plain, self.config)
-    self._restore(plain, tensors)
+    self._restore(plain, tensors, base_changed)
     self._paused, self.last = self.store.unpack_tasks(plain, tensors)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #5d733820

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..bandit import get_search
 from ..engine.bank import Bank
+from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.kept import parts_of
@@ -46,14 +47,15 @@ class TreeLoRA:
         **options,  # depth, budget, init, inference and others, see `Options`
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
-        self.model, (self.layout, self.kept) = model, parts_of(model, o.adapter, o.keep, o.shared)
+        self.model = check_model(model, o.adapter, not o.frozen)
+        self.layout, self.kept = parts_of(self.model, o.adapter, o.keep, o.shared)
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder, self.kept), TaskTree(o.split, o.depth, o.budget)
         self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
-        self.router = Router(model, self.bank, o.adapter)
+        self.router = Router(self.model, self.bank, o.adapter)
         self.stats, self.initial = self.router.stats, self.live.read()
-        self.store = Store(self.layout, self.bank, self.stats, self.live, self.kept)
+        self.store = Store(self.layout, self.bank, self.stats, self.live, self.kept, ModelRecord(self.model, o.adapter))
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
     lam = property(lambda self: self.pull.lam, lambda self, value: setattr(self.pull, "lam", value), doc="The strength, which may change between tasks.")
@@ -92,6 +94,7 @@ def task(
     if name in self.bank: raise ValueError(f"A task {name!r} was learned already; a name is used once.")
     if self.options.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")
     if self._paused is not None: self._paused.check(name)
+    check_layers(self.model, self.options.adapter, self.layout)
     self.kept.check()
     return self._task(name, rounds, epoch)
 

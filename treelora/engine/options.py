@@ -50,6 +50,7 @@ class Options:
     top_fraction: float | None = None  # keep only the largest entries of the gradient (S in Eq. 3)
     # where it runs
     adapter: str = "default"  # PEFT's name of the adapter
+    frozen: bool = False  # let the adapter be frozen, for answers alone; a task needs one that trains
     seed: int = 0
     cache: int | None = None  # how many stored adapters' rows to keep on the training device; None: one on an accelerator, none on a CPU
     keep: str = "adapter"  # per task: the "adapter" and what belongs to it in PEFT, or "all"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .bank import Bank
+from .checks import ModelRecord
 from .device import ModelAdapter
 from .features import FeatureStats
 from .files import FORMAT, read_state, summary, write_state
@@ -33,8 +34,10 @@ class Store:
         stats: FeatureStats,  # of all tasks
         model: ModelAdapter,
         kept: Kept,  # what is kept per task beside the adapter
+        record: ModelRecord,  # what lies under the adapters
     ):
-        self.layout, self.bank, self.stats, self.model, self.kept = layout, bank, stats, model, kept
+        self.layout, self.bank, self.stats, self.model = layout, bank, stats, model
+        self.kept, self.record = kept, record
 
     def pack(
         self,
@@ -45,9 +48,9 @@ class Store:
         "Everything but a running task; nothing is copied."
         (names, blocks), (shape, cuts), (groups, moments) = self.bank.pack(), tree.state(), self.stats.pack()
         plain = {"format": FORMAT, "config": config, "layers": self.layout.describe()} | names | {"tree": shape, "groups": groups}
+        plain |= {"model": self.record.describe()} | self.kept.describe()
         now = {"initial": initial, "current": self.model.read()} | self.kept.pack()
-        more = _under("features", moments) | _under("tree", cuts)
-        return plain | self.kept.describe(), blocks | now | more
+        return plain, blocks | now | _under("features", moments) | _under("tree", cuts)
 
     def unpack(self, plain: dict, tensors: dict[str, torch.Tensor]) -> tuple[TaskTree, torch.Tensor]:
         "Put a packed state back into bank, features and model; returns the tree and the initial adapter."

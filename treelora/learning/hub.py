@@ -158,17 +158,18 @@ def _cause(error: Exception) -> str:
 # %% ../../nbs/learning/15_hub.ipynb #77a0002b
 def pull(
     place: str | Path,  # a folder, or OWNER/NAME of the hub
-    model,  # with LoRA layers of the same names and shapes
+    model,  # with LoRA layers of the same names, shapes and scales
     adapter: str = "default",  # PEFT's name of the adapter in this model
     revision: str | None = None,  # branch, tag or commit of the repository
     token: str | None = None,  # for a private repository
+    base_changed: str = "refuse",  # "allow": whatever frozen weights lie under the adapters
 ) -> TreeLoRA:
     """What `push` shared, ready to go on; the model gets the adapter that was in the other one then.
 
     Raises FileNotFoundError where nothing was shared, ValueError for a damaged folder or another model's, ConnectionError when the hub does not give it."""
-    if is_repository(place): return TreeLoRA.load(_download(place, revision, token), model, adapter)
+    if is_repository(place): return TreeLoRA.load(_download(place, revision, token), model, adapter, base_changed)
     if revision is not None: raise ValueError(f"{place} is a folder, which has no revisions; leave out revision={revision!r}.")
-    return TreeLoRA.load(Path(place).expanduser(), model, adapter)
+    return TreeLoRA.load(Path(place).expanduser(), model, adapter, base_changed)
 
 
 def _download(repository: str, revision: str | None, token: str | None) -> Path:
