@@ -130,9 +130,9 @@ def _compare(self: TreeLoRA, now: TaskInProgress) -> None:
 
 # %% ../../nbs/engine/23_afterwards.ipynb #13666eb9
 @patch
-def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
-    "A step that only looked for the branch: the adapter stays still."
-    torch._foreach_zero_(grads)
+def _hold(self: TreeLoRA, now: TaskInProgress) -> None:
+    "A step that only looked for the branch: without gradients, the adapter stays still."
+    for p in self.params: p.grad = None  # an optimiser moves what has a gradient of zero
     now.held += 1
     if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
 

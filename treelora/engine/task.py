@@ -104,6 +104,7 @@ class TaskInProgress:
     looked: int = 0  # how often the search has looked
     held: int = 0  # steps that only looked for the branch, with the adapter held still
     paired: PairedLooks = field(default_factory=PairedLooks)  # looks before the first step
+    resumed: bool = False  # whether it goes on from its middle, with its optimiser's memory
 
     @property
     def recent(self) -> bool:
