@@ -27,9 +27,9 @@ X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 LABELS = [(X[:, k % 6] * 2).long().clamp(0, 2) for k in range(6)]
 
 
-def made(dtype=torch.float32, seed=0, dropout=0.0, **options):
+def made(dtype=torch.float32, start=0, dropout=0.0, **options):
     "A small model with PEFT's adapters, some numbers in B, in a precision."
-    torch.manual_seed(seed)
+    torch.manual_seed(start)
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["a", "b"], lora_dropout=dropout), autocast_adapter_dtype=False)
     for name, p in model.named_parameters():
         if "lora_B" in name: nn.init.normal_(p, std=0.1)
@@ -209,3 +209,99 @@ def test_two_tasks_at_once_are_refused_when_the_second_begins():
     with third: steps(tl, 3, torch.optim.SGD(tl.params, 0.1), 2)
     with pytest.raises(ValueError, match="learned already"), fourth: pass
     assert tl.bank.names == ["a", "d"]
+
+
+# copies
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tl: pickle.loads(pickle.dumps(tl))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("form", [*FORMS, "budget", "file"])
+def test_a_copy_goes_on_as_the_original(form, copied, tmp_path):
+    tl = made(**(FORMS | {"budget": dict(budget=2), "file": dict(bank_folder=tmp_path)})[form])
+    train(tl, "ab")
+    tl.load_adapter("a")
+    twin = copied(tl)
+    assert same(state(twin), state(tl)) and twin.model is not tl.model and all(any(p is q for q in twin.model.parameters()) for p in twin.params)
+    before = state(tl)
+    train(twin, "cd")
+    assert same(state(tl), before)
+    train(tl, "cd")
+    assert same(state(twin), state(tl)) and twin.bank.adapters[-1].abs().sum() > 0
+    twin.load_adapter("b")
+    with twin.serving(torch.tensor([0, 1, 2])): twin.model(X[:3])
+
+
+def test_a_running_task_is_not_copied():
+    tl = train(made(), "a")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="Task 'b' is open; copy or pickle a TreeLoRA outside of it"), tl.task("b"): copied(tl)
+
+
+# wrong arguments
+
+nan = float("nan")
+OPTIONS = [dict(search_rounds="x"), dict(search_rounds=-1), dict(budget=1.5), dict(budget="x"), dict(lam=nan), dict(lam="x"), dict(lam=float("inf")), dict(depth=1.5), dict(seed="x"), dict(seed=None),
+           dict(search_options={"zz": 1}), dict(search_options=3), dict(search_options={"c": nan}), dict(top_fraction=2.0), dict(top_fraction="x"), dict(signal=["x"]), dict(search={}), dict(ramp="x"),
+           dict(adapter=3), dict(cache="x"), dict(reference=3, signature="reference"), dict(reference={"batches": 1.5}, signature="reference"), dict(split=3), dict(compile="x"), dict(relative=1)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_wrong_option_is_named(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"{name}|search_options|batches|no option 'zz'|Unknown"): made(**options)
+
+
+@pytest.fixture(scope="module")
+def two_tasks():
+    tl = made()
+    for k, name in enumerate("ab"):
+        with tl.task(name):
+            steps(tl, k, torch.optim.SGD(tl.params, 0.1), 2)
+            tl.record_features(torch.randn(4, 3, generator=torch.Generator().manual_seed(k)), [0, 0, 1, 1])
+    return tl
+
+
+CALLS = {
+    "serving -1": (lambda tl: tl.serving([-1]), "between -1 and -1, but there are 2"), "serving 5": (lambda tl: tl.serving(torch.tensor([5, 0])), "between 0 and 5"),
+    "serving 0.5": (lambda tl: tl.serving(torch.tensor([0.5])), "whole numbers"), "serving x": (lambda tl: tl.serving("x"), "whole numbers"), "serving nested": (lambda tl: tl.serving([[0, 1]]), "whole numbers"),
+    "route nan": (lambda tl: tl.route(torch.full((2, 3), nan)), "NaN or infinite in 2 rows"), "route wide": (lambda tl: tl.route(torch.ones(2, 5)), "have 5 numbers per row"),
+    "route flat": (lambda tl: tl.route(torch.ones(3)), r"\(n, F\)"), "route list": (lambda tl: tl.route([[1.0, 2.0, 3.0]]), "not list"), "beam": (lambda tl: tl.route(torch.ones(2, 3), beam=0), "beam=0"),
+    "lam nan": (lambda tl: setattr(tl, "lam", nan), "lam=nan"), "lam -1": (lambda tl: setattr(tl, "lam", -1), "lam=-1"),
+    "rounds": (lambda tl: tl.task("c", rounds="x"), "rounds='x'"), "epoch": (lambda tl: tl.task("c", epoch=-1), "epoch=-1"),
+}
+INSIDE = {
+    "features nan": (lambda tl: tl.record_features(torch.full((2, 3), nan)), "the first is row 0"), "features wide": (lambda tl: tl.record_features(torch.ones(2, 5)), "5 numbers per row"),
+    "labels": (lambda tl: tl.record_features(torch.ones(2, 3), [1]), "1 labels for 2 rows"), "letters": (lambda tl: tl.record_features(torch.ones(2, 3), ["x", "y"]), "whole numbers"),
+}
+LOSSES = {"text": ("x", dict(penalty="dot")), "nan": (nan, dict(penalty="dot")), "many": (torch.ones(3), dict(penalty="dot")), "no number": (lambda: None, dict(signal="loss")),
+          "nan function": (lambda: torch.tensor(nan), dict(signal="loss")), "many from a function": (lambda: torch.ones(3), dict(signal="loss")), "no gradient": (lambda: torch.tensor(1.0), dict(signal="fresh"))}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_wrong_call_is_refused(two_tasks, call):
+    act, words = CALLS[call]
+    before = state(two_tasks)
+    with pytest.raises(ValueError, match=words): act(two_tasks)
+    assert same(state(two_tasks), before) and two_tasks._now is None and two_tasks.lam == 0.05
+
+
+@pytest.mark.parametrize("call", INSIDE)
+def test_a_wrong_call_inside_a_task_is_refused(two_tasks, call):
+    act, words = INSIDE[call]
+    before = state(two_tasks)
+    with pytest.raises(ValueError, match=words), two_tasks.task("c"): act(two_tasks)
+    assert same(state(two_tasks), before)
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_wrong_loss_is_refused(what):
+    value, options = LOSSES[what]
+    tl = train(made(**options), "a", n=2)
+    before = state(tl)
+    with pytest.raises(ValueError, match="[lL]oss"), tl.task("b"):
+        loss_of(tl, 1).backward()
+        tl.step(value)
+    assert same(state(tl), before)
+
+
+def test_more_rows_than_tasks(two_tasks):
+    with pytest.raises(ValueError, match="The tasks of 2 rows were given, but the batch has 3"), two_tasks.serving([0, 1]): two_tasks.model(X[:3])

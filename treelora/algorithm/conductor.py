@@ -15,6 +15,7 @@ from ..patch import patch
 from torch import nn
 
 from ..bandit import get_search
+from ..engine.arguments import whole
 from ..engine.bank import Bank
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
@@ -55,7 +56,7 @@ class TreeLoRA:
         self.store = Store(self.layout, self.bank, self.stats, self.live)
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
-    lam = property(lambda self: self.pull.lam, lambda self, value: setattr(self.pull, "lam", value), doc="The strength, which may change between tasks.")
+    lam = property(lambda self: self.pull.lam, lambda self, value: self.pull.be(value), doc="The strength, which may change between tasks.")
 
 # %% ../../nbs/core/07_algorithm.ipynb #ad23fff8
 @patch
@@ -86,6 +87,7 @@ def task(
     epoch: int | None = None,  # steps in an epoch; with `rounds`, the "weight" signature averages over the last epoch
 ):
     "A context in which one task trains. Raises ValueError for a used name, or inside another task."
+    whole("rounds", rounds, 0, optional=True), whole("epoch", epoch, 0, optional=True)
     self._check_task(name, rounds)
     return self._task(name, rounds, epoch)
 

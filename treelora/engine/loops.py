@@ -104,7 +104,8 @@ def after_step(self: Loop, optimizer: Optimizer) -> None:
 # %% ../../nbs/engine/33_loops.ipynb #5f330017
 @patch
 def undo(self: Loop) -> None:
-    "The task failed: what optimisers remember of the adapter is as before it, and no gradient is left over."
+    """The task failed: what optimisers remember of the adapter is as before it, and no gradient
+    is left over."""
     for optimizer, old in self.aside:
         put_aside(optimizer, self.params)
         for p in self.params: optimizer.state.pop(p, None)

@@ -149,6 +149,9 @@ def learn(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> Non
 @patch
 def tell(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None:
     "Scale losses (L,) or (L, N) to [0, 1] by their running maximum, for each layer, and update the search."
+    if not losses.isfinite().all():
+        raise ValueError("The loss under an earlier task's adapter is not finite in task "
+                         f"{self.name!r}; lower the learning rate, or leave the batch out.")
     middle = 0.5 if self.search_rounds else 0.0  # where zero stands
     largest = losses.abs() if losses.dim() == 1 else losses.abs().amax(1)
     old = self.scale if self.scale is not None else largest
