@@ -74,6 +74,8 @@ class Loop:
     ):
         self.model, self.params, self.pull = model, params, pull
         self.aside: list[tuple[Optimizer, dict]] = []  # what they remembered of the adapter
+        # the bank's single precision would round these
+        self.wide = [(p, p.detach().clone()) for p in params if p.dtype == torch.float64]
 
     def followed(self):
         "A context in which this loop is told of optimiser steps."
@@ -111,3 +113,5 @@ def undo(self: Loop) -> None:
         for p in self.params: optimizer.state.pop(p, None)
         optimizer.state.update(old)
     self.model.zero_grad()
+    if self.now and self.now.resumed: return  # it began elsewhere
+    for p, x in self.wide: p.detach().copy_(x)
