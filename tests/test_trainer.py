@@ -11,11 +11,11 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
-from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from treelora.algorithm import VARIANTS, TreeLoRA
+from treelora.engine.loops import WATCH
 from treelora.trainer import Batches, TreeLoraCallback, restore_task, task_state
 
 SIZE, EPOCHS, LR = 8, 2, 0.01
@@ -269,7 +269,7 @@ def refuses(tl, callback, folder, match, model=None):
 
 def listening(tl):
     "Whether this TreeLoRA still waits for optimiser steps."
-    return any(getattr(hook, "__self__", None) is tl for hook in _global_optimizer_post_hooks.values())
+    return any(loop.params is tl.params for loop in WATCH.loops)
 
 
 def test_resuming_something_else(interrupted):

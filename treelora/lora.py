@@ -275,6 +275,9 @@ def variant(
 # %% ../nbs/core/02_lora.ipynb #4a100120
 def _add_by_row(module: nn.Module, args: tuple, output: torch.Tensor, scale: float, A: torch.Tensor, B: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     "A layer's output, plus each row's own correction."
+    if len(args[0]) != len(which):
+        raise ValueError(f"The tasks of {len(which)} rows were given, "
+                         f"but the batch has {len(args[0])}.")
     x, (A, B) = args[0], (M[which].to(args[0].dtype) for M in (A, B))
     low = torch.einsum("n...i,nri->n...r", x, A)
     if not isinstance(module, LoRALinear): return output + scale * torch.einsum("n...r,nor->n...o", low, B)

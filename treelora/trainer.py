@@ -6,12 +6,14 @@
 __all__ = ['Batches', 'will_step', 'save_task', 'RunningTask', 'TreeLoraCallback']
 
 # %% ../nbs/learning/14_trainer.ipynb #c64ae239
+import warnings
 from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import nn
 from torch.amp.grad_scaler import OptState
 from torch.utils.data import DataLoader
@@ -209,6 +211,16 @@ def _steps_per_epoch(args, loader) -> int | None:
     try: return -(-len(loader) // args.gradient_accumulation_steps)
     except TypeError: return None
 
+# %% ../nbs/learning/14_trainer.ipynb #aff569d7
+def _load_best(tl: TreeLoRA, checkpoint: Path) -> None:
+    """Put the best checkpoint's adapter into the model. PEFT writes one that is not called
+    "default" into a folder of its own, where the Trainer does not look."""
+    if tl.adapter == "default" or not isinstance(tl.model, PeftModel): return
+    if (folder := checkpoint / tl.adapter).is_dir():
+        tl.model.load_adapter(str(folder), tl.adapter, autocast_adapter_dtype=False)
+    else: warnings.warn(f"load_best_model_at_end: {checkpoint} has no folder of the adapter "
+                        f"{tl.adapter!r}, so the bank keeps the last adapter, not the best.")
+
 # %% ../nbs/learning/14_trainer.ipynb #aff569d8
 class TreeLoraCallback(RunningTask, TrainerCallback):
     """One task of `TreeLoRA` in one `Trainer.train()`, which may be resumed from a checkpoint.
@@ -258,4 +270,6 @@ class TreeLoraCallback(RunningTask, TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         "Close the task: its adapter goes into the bank, its signature into the tree."
-        if self._context is not None: self._close().__exit__(None, None, None)
+        if self._context is None: return
+        if args.load_best_model_at_end and state.best_model_checkpoint: _load_best(self.tl, Path(state.best_model_checkpoint))
+        self._close().__exit__(None, None, None)

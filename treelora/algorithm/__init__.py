@@ -16,6 +16,7 @@ from ..patch import patch
 from torch import nn
 
 from .conductor import TreeLoRA
+from ..engine import arguments
 from ..engine.checks import check_model, merged
 from ..engine.device import bytes_of
 from ..engine.kept import as_saved
@@ -49,7 +50,9 @@ def record_features(
 ) -> None:
     "Inside a task: take in un-adapted features, by which inputs are later routed to this task."
     now = self._open()
-    groups = [None] * len(features) if labels is None else [int(y) for y in labels]
+    seen = next((s.scatter for s in (now.stats, self.stats) if s.scatter is not None), None)
+    arguments.rows(features, None if seen is None else len(seen))
+    groups = [None] * len(features) if labels is None else arguments.labels(labels, len(features))
     now.stats.update(features, [(now.name, g) for g in groups])
 
 # %% ../../nbs/engine/23_afterwards.ipynb #7268341c
@@ -186,9 +189,9 @@ def _compare(self: TreeLoRA, now: TaskInProgress) -> None:
 
 # %% ../../nbs/engine/23_afterwards.ipynb #13666eb9
 @patch
-def _hold(self: TreeLoRA, now: TaskInProgress, grads: list[torch.Tensor]) -> None:
-    "A step that only looked for the branch: the adapter stays still."
-    torch._foreach_zero_(grads)
+def _hold(self: TreeLoRA, now: TaskInProgress) -> None:
+    "A step that only looked for the branch: without gradients, the adapter stays still."
+    for p in self.params: p.grad = None  # an optimiser moves what has a gradient of zero
     now.held += 1
     if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
 
@@ -307,3 +310,12 @@ def device_bytes(self: TreeLoRA) -> int:
     "What it holds on the training device at this moment beside the model, in bytes; it does not grow with the tasks."
     running = [self._now.signature.total.matrix] if self._now is not None and "total" in vars(self._now.signature) else []
     return self.live.scratch_bytes + self.pull.scratch_bytes + bytes_of(running)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #c0b1e5af
+@patch
+def __getstate__(self: TreeLoRA) -> dict:
+    """For `pickle` and `copy`, together with the model. Raises ValueError inside a task, which
+    a copy could not end."""
+    if self._now is None: return dict(vars(self))
+    raise ValueError(f"Task {self._now.name!r} is open; copy or pickle a TreeLoRA outside of it, "
+                     "or keep tl.state().")

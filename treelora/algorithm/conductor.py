@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from ..patch import patch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..bandit import get_search
+from ..engine.arguments import whole
 from ..engine.bank import Bank
 from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.kept import parts_of
+from ..engine.loops import Loop
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
@@ -58,7 +59,7 @@ class TreeLoRA:
         self.store = Store(self.layout, self.bank, self.stats, self.live, self.kept, ModelRecord(self.model, o.adapter))
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
-    lam = property(lambda self: self.pull.lam, lambda self, value: setattr(self.pull, "lam", value), doc="The strength, which may change between tasks.")
+    lam = property(lambda self: self.pull.lam, lambda self, value: self.pull.be(value), doc="The strength, which may change between tasks.")
 
 # %% ../../nbs/core/07_algorithm.ipynb #ad23fff8
 @patch
@@ -89,6 +90,14 @@ def task(
     epoch: int | None = None,  # steps in an epoch; with `rounds`, the "weight" signature averages over the last epoch
 ):
     "A context in which one task trains. Raises ValueError for a used name, or inside another task."
+    whole("rounds", rounds, 0, optional=True), whole("epoch", epoch, 0, optional=True)
+    self._check_task(name, rounds)
+    return self._task(name, rounds, epoch)
+
+
+@patch
+def _check_task(self: TreeLoRA, name: str, rounds: int | None) -> None:
+    "Raise ValueError when this task cannot begin now."
     if not isinstance(name, str) or not name: raise ValueError(f"A task's name must be a non-empty string, got {name!r}.")
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is still open; end it before {name!r} begins.")
     if name in self.bank: raise ValueError(f"A task {name!r} was learned already; a name is used once.")
@@ -96,29 +105,28 @@ def task(
     if self._paused is not None: self._paused.check(name)
     check_layers(self.model, self.options.adapter, self.layout)
     self.kept.check()
-    return self._task(name, rounds, epoch)
 
 # %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
 @patch
 @contextmanager
 def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> Iterator:
     "What `task` opens."
+    self._check_task(name, rounds)  # once more: another one may have begun meanwhile
     paused, self._paused = self._paused, None
     before = self.live.whole() if paused is None else paused.before
-    self._now = self._begin(name, rounds, epoch)
-    self._now.before = before
-    after = self._after_optimizer
-    hook = register_optimizer_step_post_hook(after) if self.pull.after else None
+    loop = Loop(self.model, self.params, self.pull)
     try:
+        self._now = loop.now = self._begin(name, rounds, epoch)
+        self._now.before = before
         if paused is not None: paused.go_on(self._now, self.live)
-        yield self
+        with loop.followed(): yield self
         self._end(self._now)
     except BaseException:
         self.live.write(*before)  # a task that fails leaves no trace
+        loop.undo()
         raise
     finally:
         self._now = None
-        if hook: hook.remove()
 
 # %% ../../nbs/core/07_algorithm.ipynb #40235ab4
 @patch
@@ -149,7 +157,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     signature = now.signature.value().cpu() if now.trained else self._untrained(now)
     self.bank.add(now.name, signature, *self.live.whole())
     try: merges = self.tree.insert(now.name, self._tree_rows(signature))
-    except ValueError:
+    except BaseException:
         self.bank.drop()
         raise
     for kept, gone in merges: self.bank.merge(kept, gone)
@@ -187,7 +195,7 @@ def step(
     seen = self._observe(now, grads, loss) if now.observes else None
     self._record(now, grads)
     if seen: now.learn(*seen)
-    if now.searching: self._hold(now, grads)
+    if now.searching: self._hold(now)
     elif now.arms is not None:
         if (share := self.options.top_fraction) is not None: keep_top_(grads, share)
         self.pull.before_step(now, grads, loss, norms)
@@ -240,12 +248,3 @@ def _finite(names: list[str], norms: torch.Tensor, task: str, round: int) -> Non
     layers = [names[i] for i in dict.fromkeys(bad.tolist())]
     raise ValueError(f"NaN or infinite gradient in task {task!r}, round {round}, layers {layers}; "
                      "nothing was recorded. Lower the learning rate, or skip this batch.")
-
-
-@patch
-def _after_optimizer(self: TreeLoRA, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    "The pull that acts after the optimiser's step, with the learning rate that it has just used on the adapter."
-    now, first = self._now, self.params[0]
-    if now is None or now.arms is None or not now.trained: return
-    rates = [group["lr"] for group in optimizer.param_groups if any(p is first for p in group["params"])]
-    if rates: self.pull.after_step(now, float(rates[0]))

@@ -94,6 +94,20 @@ class FileBlock(Block):
         except OSError as error:
             raise OSError(f"The bank cannot be kept in {self.folder} ({error.strerror or error}); make room, or choose another bank_folder.") from error
 
+# %% ../../nbs/engine/11_bank.ipynb #c0b1e5ab
+@patch
+def __reduce__(self: FileBlock):
+    "A copy (`copy.deepcopy`, `pickle`) gets a file of its own."
+    return _with_own_file, (tuple(self.room.shape[1:]), self.folder, self.room.clone())
+
+
+def _with_own_file(shape: tuple[int, int], folder: str | Path, rows: torch.Tensor) -> FileBlock:
+    "A block in a new file, with these rows to begin with."
+    block = FileBlock(shape, folder)
+    block.take(rows)
+    with block._told(): block.room = block._doubled(len(rows))
+    return block
+
 # %% ../../nbs/engine/11_bank.ipynb #105cade0
 class Bank:
     "Adapters and signatures of the earlier tasks, one slot per stored adapter, in host memory."

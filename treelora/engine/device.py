@@ -233,3 +233,16 @@ def scratch_bytes(self: ModelAdapter) -> int:
 def bytes_of(tensors: list[torch.Tensor]) -> int:
     "The bytes behind tensors; memory that they share counts once."
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+# %% ../../nbs/engine/12_device.ipynb #c0b1e5ad
+@patch
+def __getstate__(self: ModelAdapter) -> dict:
+    "All but the room on the device."
+    return {k: x for k, x in vars(self).items() if k not in ("device", "cache", "groups")}
+
+
+@patch
+def __setstate__(self: ModelAdapter, state: dict) -> None:
+    "A copy, with room of its own."
+    vars(self).update(state)
+    self.settle()

@@ -79,6 +79,8 @@ class CompiledArithmetic(Arithmetic):
         super().__init__(model)
         self._compiled = [torch.compile(f) for f in (_distances, _pull_rows)]
 
+    def __reduce__(self): return CompiledArithmetic, (self.model,)  # compiled anew
+
     def distances(self, signature, arms):
         count, total = torch.tensor(float(max(signature.count, 1))), signature.total.matrix
         places = self._places("signatures", arms, self.model.layout.n_layers)

@@ -8,8 +8,10 @@ __all__ = ['PENALTIES', 'Pull', 'L1Pull', 'ProxPull', 'DotPull']
 # %% ../../nbs/engine/18_pulls.ipynb #6396d4b8
 import torch
 
+from .arguments import number
 from .device import ModelAdapter, bytes_of
 from .fused import Arithmetic
+from .signals import one_number
 from .task import TaskInProgress
 from ..signature import Rows
 from ..sparse import dot_gradient, prox_, ramp
@@ -28,6 +30,11 @@ class Pull:
         relative: bool = False,  # measure it in units of each layer's mean absolute gradient
     ):
         self.model, self.arithmetic, self.lam, self.ramped, self.relative = model, arithmetic, lam, ramped, relative
+
+    def be(self, lam: float) -> None:
+        "Have another strength from now on. Raises ValueError for what is none."
+        number("lam", lam)
+        self.lam = lam
 
     @property
     def power(self) -> int:
@@ -48,6 +55,10 @@ class Pull:
     def scratch_bytes(self) -> int:
         "What it holds on the device, in bytes."
         return 0
+
+    def __getstate__(self) -> dict:
+        "All but the scratch, which a copy takes for itself."
+        return {k: x for k, x in vars(self).items() if k not in ("others", "rows")}
 
 # %% ../../nbs/engine/18_pulls.ipynb #4447389f
 class L1Pull(Pull):
@@ -101,7 +112,11 @@ class DotPull(Pull):
     def _size(loss) -> torch.Tensor | float:
         "The size of the task's loss."
         if loss is None: raise ValueError('penalty="dot" is scaled to the task\'s loss; pass it: tl.step(loss=value).')
-        return loss().detach() if callable(loss) else loss
+        size = one_number(loss() if callable(loss) else loss).detach().reshape(())
+        if size.device.type == "cpu" and not size.isfinite():
+            raise ValueError(f"The loss to which the penalty is scaled is {size.item()}; "
+                             "leave the batch out, or lower the learning rate.")
+        return size
 
     @property
     def scratch_bytes(self): return bytes_of([r.matrix for r in self.rows or ()])

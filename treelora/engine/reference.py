@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from .arguments import number, switch, whole
 from ..signature import Layout, Rows
 
 # %% ../../nbs/engine/29_reference.ipynb #38ca3cfb
@@ -26,6 +27,8 @@ class Reference:
     layers: int | None = 5  # how many, nearest the output, count for the branch; None: all
 
     def __post_init__(self):
+        whole("batches", self.batches), number("deviation", self.deviation, negative=True)
+        switch("unit", self.unit), whole("layers", self.layers, optional=True)
         if self.batches < 1:
             raise ValueError(f"batches={self.batches} of a reference must be at least 1.")
         if self.deviation < 0:
@@ -39,6 +42,8 @@ def as_reference(
 ) -> Reference:
     "The choices with what was given. Raises ValueError for an unknown name."
     known = [f.name for f in fields(Reference)]
+    if not isinstance(given, dict | None):
+        raise ValueError(f"reference={given!r} must be a dictionary of its choices.")
     for name in given or {}:
         if name not in known:
             raise ValueError(f"Unknown choice {name!r} of a reference; "

@@ -82,6 +82,7 @@ def restore_task(
         now.search.rng.set_state(tensors["search.rng"])
         vars(now.search).update(plain["search"])
     model.write(tensors["adapter"], tensors.get("kept"))
+    now.resumed = now.round > 0
 
 # %% ../../nbs/engine/20_resume.ipynb #a320643e
 def ended(plain: dict, tensors: dict[str, torch.Tensor]) -> TaskInProgress:

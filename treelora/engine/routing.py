@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .arguments import rows, tasks_of, whole
 from .bank import Bank
 from .features import FeatureStats
 from ..lora import adapters_off, row_adapters
@@ -183,6 +184,7 @@ class Router:
         """Which task each input belongs to: the one with the nearest group.
         Raises ValueError when a task has no features."""
         W, groups = self._groups()
+        rows(features, len(W)), whole("beam", beam, 1)
         return groups.route(features.detach().to("cpu", torch.float64) @ W.T, beam)
 
 # %% ../../nbs/engine/14_routing.ipynb #bb9ed595
@@ -218,7 +220,7 @@ def serving(
     adapter of tasks[i]. Raises ValueError, and changes nothing, where more than A and B is kept
     per task, and for layers that are no plain LoRA layers."""
     if self.bank.kept: self.bank.kept.refuse_rows()
-    slots, which = self.bank.slot[tasks.cpu()].unique(return_inverse=True)
+    slots, which = self.bank.slot[tasks_of(tasks, len(self.bank))].unique(return_inverse=True)
     layout = self.bank.layout
     device = layout.params[0].device
     pairs = layout.pairs(self.bank.adapters[slots].to(device))

@@ -105,6 +105,7 @@ class TaskInProgress:
     held: int = 0  # steps that only looked for the branch, with the adapter held still
     paired: PairedLooks = field(default_factory=PairedLooks)  # looks before the first step
     race: object = None  # a `Race` of starts of several kinds, in place of a search
+    resumed: bool = False  # whether it goes on from its middle, with its optimiser's memory
 
     @property
     def recent(self) -> bool:
@@ -150,6 +151,9 @@ def learn(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> Non
 @patch
 def tell(self: TaskInProgress, arms: torch.Tensor, losses: torch.Tensor) -> None:
     "Scale losses (L,) or (L, N) to [0, 1] by their running maximum, for each layer, and update the search."
+    if not losses.isfinite().all():
+        raise ValueError("The loss under an earlier task's adapter is not finite in task "
+                         f"{self.name!r}; lower the learning rate, or leave the batch out.")
     middle = 0.5 if self.search_rounds else 0.0  # where zero stands
     largest = losses.abs() if losses.dim() == 1 else losses.abs().amax(1)
     old = self.scale if self.scale is not None else largest
