@@ -181,7 +181,8 @@ def merge(self: Bank, kept: str, gone: str) -> None:
     self.signatures[a] = (w[0] * self.signatures[a] + w[1] * self.signatures[b]) / sum(w)
     for block in (self.adapters, self.signatures):  # close the gap in place
         for i in range(b, len(self.weight) - 1): block[i] = block[i + 1]
-    self.weight[a] += self.weight.pop(b)
+    self.weight[a] = sum(w)  # before the gap closes: b may lie below a
+    del self.weight[b]
     self.slot = torch.where(self.slot == b, a, self.slot)
     self.slot -= (self.slot > b).long()
 
@@ -212,5 +213,6 @@ def pack(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into 
 @patch
 def unpack(self: Bank, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
     "Be what `pack` described; blocks that are mapped from a file stay mapped."
-    self.names, self.slot, self.weight = plain["names"], torch.tensor(plain["slot"], dtype=torch.long), plain["weight"]
+    self.names, self.slot = plain["names"], torch.tensor(plain["slot"], dtype=torch.long)
+    self.weight = self.slot.bincount(minlength=len(plain["weight"])).tolist()
     for kind, block in self._blocks.items(): block.take(tensors[kind])
