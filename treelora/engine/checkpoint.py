@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEEP', 'INDEX', 'MOVING', 'STILL', 'check_writable', 'Weights', 'fingerprint', 'file_sha256',
-           'weights_sha256', 'Damaged', 'Saved', 'Checkpoints', 'random_states', 'restore_random_states', 'write_peft',
-           'read_peft', 'peft_names']
+           'weights_sha256', 'Damaged', 'Saved', 'remove', 'Checkpoints', 'random_states', 'restore_random_states',
+           'write_peft', 'read_peft', 'peft_names']
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0004
 import hashlib, json, os, random, shutil, tempfile, warnings
@@ -276,10 +276,10 @@ def _check_run(saved: Saved, run: dict) -> None:
 # %% ../../nbs/engine/25_checkpoint.ipynb #08895495
 def _sweep(folder: Path) -> None:
     "Remove what a killed process left half-written."
-    for left in [*folder.glob(".part-*"), *folder.glob(".old-*")]: _remove(left)
+    for left in [*folder.glob(".part-*"), *folder.glob(".old-*")]: remove(left)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     "Remove a file, or a folder with all that is in it; of a link, the link itself."
     if path.is_symlink() or path.is_file(): path.unlink()
     else: shutil.rmtree(path, ignore_errors=True)
@@ -290,7 +290,7 @@ def _drop(old: Path) -> None:
     gone = old.with_name(f".old-{part_name()[6:]}-{old.name}")
     try: old.rename(gone)
     except FileNotFoundError: return  # somebody was faster
-    _remove(gone)
+    remove(gone)
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0017
 class Checkpoints:
@@ -330,7 +330,7 @@ class Checkpoints:
             part.mkdir()
             held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
             index = _write_index(part, plain, self.run, self.last, self._index)
-            _remove(final)  # a checkpoint of this very step that was found damaged
+            remove(final)  # a checkpoint of this very step that was found damaged
             part.rename(final)
             _sync_folder(self.folder)
         except OSError as error:
