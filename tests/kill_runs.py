@@ -91,7 +91,7 @@ def kill_often(kind: str, kills: int, seed: int = 0, shortest: float = 0.02) -> 
                 counts["resumes"] += begun
                 now = stage_of(folder)
                 counts["files lost"] += now < before  # a checkpoint that was there is gone, and no later one has come
-                halves = {p.stat().st_mtime_ns for p in (folder / "checkpoints").glob(".*")}
+                halves = {p.stat().st_mtime_ns for p in (folder / "checkpoints").glob(".[po]*")}  # parts, and old ones
                 counts["in the middle of a write"] += bool(halves - left)
                 begun, before, left = True, now, halves
                 if not dead: break

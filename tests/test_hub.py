@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from treelora.algorithm import TreeLoRA
-from treelora.learning.hub import model_card, pull, push, task_folder
+from treelora.learning.hub import OURS, model_card, pull, push, task_folder
 from treelora.lora import add_lora
 
 TASKS = ("es", "pt|br", "../../etc", "日本語")
@@ -134,7 +134,7 @@ def test_to_the_hub_and_from_it(tmp_path):
         assert push(tl, "me/four", license="mit", private=False) == "page of me/four"
         again = pull("me/four", with_peft(), revision="v1", token="t")
     assert torch.equal(again.bank.adapters, tl.bank.adapters)
-    assert calls == [("create", "me/four", {"private": False, "exist_ok": True}), ("upload", "me/four", ["bank-*.safetensors", "tasks/*"]),
+    assert calls == [("create", "me/four", {"private": False, "exist_ok": True}), ("upload", "me/four", OURS),
                      ("download", "me/four", {"revision": "v1", "token": "t"})]
     assert (tmp_path / "hub/tasks/1-es/adapter_model.safetensors").is_file() and 'pull("me/four", model)' in (tmp_path / "hub/README.md").read_text(encoding="utf-8")
 

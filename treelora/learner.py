@@ -169,7 +169,7 @@ class Loop(Steps):
 
     def fit(self) -> "Loop":
         "All stages, one after the other; with a keeper, from its latest checkpoint on."
-        with _stance("force_eager", self.compile): return self._fit()
+        with _stance("force_eager", self.compile), self.keeper or nullcontext(): return self._fit()
 
     def _fit(self) -> "Loop":
         "The stages themselves."

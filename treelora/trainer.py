@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from .algorithm import TreeLoRA
 from .engine.files import FORMAT, read_state, write_state
 from .engine.resume import restore_task, task_state
+from .engine.validate import check_running, check_state
 
 # %% ../nbs/learning/14_trainer.ipynb #147aa0cc
 class Batches:
@@ -113,7 +114,10 @@ def _read_task(folder: Path) -> tuple:
     if not (folder / "treelora.json").is_file():
         raise FileNotFoundError(f"{folder} has no TreeLoRA state to resume from: its training ran without this callback, "
                                 "or the checkpoint lies elsewhere; then say TreeLoraCallback(..., checkpoint=folder).")
-    return read_state(folder), read_state(folder / "task")
+    bank, task = read_state(folder), read_state(folder / "task")
+    check_state(*bank, folder / "treelora.json")
+    check_running(*task, bank[0], folder / "task" / "treelora.json")
+    return bank, task
 
 
 def _check_run(tl: TreeLoRA, task: str, adapter: torch.Tensor, folder: Path, bank: tuple, saved: tuple) -> None:

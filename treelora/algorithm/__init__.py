@@ -285,7 +285,7 @@ def restore(
 
     Raises ValueError, and changes nothing, inside a task, for a state of another model, and for one with other settings."""
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is open; restore a state outside of it.")
-    self.store.check(plain, self.config)
+    self.store.check(plain, tensors, self.config)
     self._restore(plain, tensors, base_changed)
     self._paused, self.last = self.store.unpack_tasks(plain, tensors)
 

@@ -238,7 +238,8 @@ def merge(self: Bank, kept: str, gone: str) -> None:
         blocks[kind][a] = (w[0] * blocks[kind][a] + w[1] * blocks[kind][b]) / sum(w)
     for block in blocks.values():  # close the gap in place
         for i in range(b, len(self.weight) - 1): block[i] = block[i + 1]
-    self.weight[a] += self.weight.pop(b)
+    self.weight[a] = sum(w)  # before the gap closes: b may lie below a
+    del self.weight[b]
     self.slot = torch.where(self.slot == b, a, self.slot)
     self.slot -= (self.slot > b).long()
 
@@ -275,6 +276,7 @@ def pack(self: Bank) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes into 
 @patch
 def unpack(self: Bank, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
     "Be what `pack` described; blocks that are mapped from a file stay mapped."
-    self.names, self.slot, self.weight = plain["names"], torch.tensor(plain["slot"], dtype=torch.long), plain["weight"]
+    self.names, self.slot = plain["names"], torch.tensor(plain["slot"], dtype=torch.long)
+    self.weight = self.slot.bincount(minlength=len(plain["weight"])).tolist()
     self.starts = dict(plain.get("starts", {}))
     for kind, block in self._blocks.items(): block.take(tensors[kind])

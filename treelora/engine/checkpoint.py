@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEEP', 'INDEX', 'MOVING', 'STILL', 'check_writable', 'Weights', 'fingerprint', 'file_sha256',
-           'weights_sha256', 'Damaged', 'Saved', 'Checkpoints', 'random_states', 'restore_random_states', 'write_peft',
-           'write_peft_folder', 'read_peft', 'peft_names']
+           'weights_sha256', 'Damaged', 'Saved', 'remove', 'Checkpoints', 'random_states', 'restore_random_states',
+           'write_peft', 'write_peft_folder', 'read_peft', 'peft_names']
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0004
 import hashlib, json, os, random, shutil, tempfile, warnings
@@ -21,8 +21,9 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .files import sha256_of, write_file
+from .files import inside, part_name, read_json, readable, sha256_of, write_file
 from .kept import peft_parts
+from .lock import Lock
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #7aa3c211
 def check_writable(
@@ -170,10 +171,18 @@ def _link(source: Path, target: Path, leave: set[str]) -> None:
     "The same files in another folder, as hard links where the disk has them."
     for path in source.rglob("*"):
         name = path.relative_to(source)
-        if not path.is_file() or str(name) in leave: continue
+        if path.is_symlink() or not path.is_file() or str(name) in leave: continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try: os.link(path, target / name)
         except OSError: shutil.copyfile(path, target / name)
+
+# %% ../../nbs/engine/25_checkpoint.ipynb #786a8776
+def _as_written(last: Path | None, index: dict) -> bool:
+    "Whether a checkpoint's files are all there, in their sizes: somebody may have deleted it."
+    sizes = {name: entry["bytes"] for name, entry in index.get("files", {}).items()}
+    try: return last is not None and all((last / name).stat().st_size == n
+                                         for name, n in sizes.items())
+    except OSError: return False
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #6f8b19b0
 def _fill(part: Path, last: Path | None, held: dict, tensors: dict, moving, lasting) -> dict:
@@ -193,10 +202,8 @@ def _fill(part: Path, last: Path | None, held: dict, tensors: dict, moving, last
 def _digest(path: Path, name: str, last: Path | None, files: dict) -> dict:
     "Size and checksum of a file; known already where it is the same file as in the checkpoint before."
     if last and name in files and (last / name).exists() and path.samefile(last / name): return files[name]
-    with open(path, "rb") as f:
-        data = f.read()
-        os.fsync(f.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with open(path, "rb") as f: os.fsync(f.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _own_digest(index: dict) -> str: return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
@@ -213,27 +220,43 @@ def _write_index(part: Path, plain: dict, run: dict, last: Path | None, before: 
     return index
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #2129a610
-def _checked(path: Path, entry: dict) -> bytes:
-    "A file's bytes. Raises Damaged when they are not those that were written."
+def _checked(path: Path, entry: dict) -> None:
+    "Raise Damaged when a file is not the one that was written; its size is looked at before it is read."
     if not path.is_file(): raise Damaged(f"{path} is missing")
-    data = path.read_bytes()
-    if len(data) != entry["bytes"]: raise Damaged(f"{path} is truncated: {len(data)} of {entry['bytes']} bytes")
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]: raise Damaged(f"{path} is damaged: changed since it was written")
-    return data
+    size = path.stat().st_size
+    if size != entry["bytes"]: raise Damaged(f"{path} is truncated: {size} of {entry['bytes']} bytes")
+    if sha256_of(path) != entry["sha256"]: raise Damaged(f"{path} is damaged: changed since it was written")
+
+
+def _is_index(index) -> bool:
+    "Whether JSON values are those of a checkpoint's index; no file of it lies elsewhere."
+    if not isinstance(index, dict): return False
+    run, files, plain = (index.get(name) for name in ("run", "files", "plain"))
+    if not all(isinstance(part, dict) for part in (run, files, plain)): return False
+    sound = (inside(name) and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+             for name, entry in files.items())
+    return {STILL, MOVING} <= files.keys() and all(sound)
+
+# %% ../../nbs/engine/25_checkpoint.ipynb #72e601e4
+def _read_index(path: Path) -> dict:
+    "A checkpoint's index, checked by its own checksum. Raises Damaged, and ValueError for another format."
+    try: index = read_json(path / INDEX)
+    except (OSError, ValueError) as error: raise Damaged(f"{path / INDEX} is missing or damaged") from error
+    if not isinstance(index, dict): raise Damaged(f"{path / INDEX} is damaged")
+    if index.get("format") != FORMAT: raise ValueError(f"{path / INDEX} is of format {index.get('format')!r:.40}, but this version reads format {FORMAT}; go on with the version that wrote it.")
+    if index.pop("sha256", None) != _own_digest(index) or not _is_index(index): raise Damaged(f"{path / INDEX} is damaged: changed since it was written")
+    return index
 
 
 def _read(path: Path) -> tuple[Saved, dict]:
     "A checkpoint, checked. Raises Damaged, naming the file, and ValueError for another format."
-    try: index = json.loads((path / INDEX).read_bytes())
-    except (OSError, ValueError) as error: raise Damaged(f"{path / INDEX} is missing or damaged") from error
-    if not isinstance(index, dict): raise Damaged(f"{path / INDEX} is damaged")
-    if index.get("format") != FORMAT: raise ValueError(f"{path / INDEX} is of format {index.get('format')}, but this version reads format {FORMAT}; go on with the version that wrote it.")
-    if index.pop("sha256", None) != _own_digest(index): raise Damaged(f"{path / INDEX} is damaged: changed since it was written")
-    tensors = {}
-    for name, entry in index["files"].items():
-        data = _checked(path / name, entry)
-        if name in (STILL, MOVING): tensors[name] = load_tensors(data)
-    return Saved(path, index["plain"], tensors[STILL] | tensors[MOVING], index["run"]), index
+    index, tensors = _read_index(path), {}
+    for name, entry in index["files"].items(): _checked(path / name, entry)
+    for name in (STILL, MOVING):
+        try:
+            with readable(path / name): tensors |= load_tensors((path / name).read_bytes())
+        except (OSError, ValueError) as error: raise Damaged(f"{path / name} is damaged: {error}") from error
+    return Saved(path, index["plain"], tensors, index["run"]), index
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #86851eb1
 def _short(value) -> str:
@@ -255,14 +278,21 @@ def _check_run(saved: Saved, run: dict) -> None:
 # %% ../../nbs/engine/25_checkpoint.ipynb #08895495
 def _sweep(folder: Path) -> None:
     "Remove what a killed process left half-written."
-    for left in [*folder.glob(".part-*"), *folder.glob(".old-*")]: shutil.rmtree(left, ignore_errors=True)
+    for left in [*folder.glob(".part-*"), *folder.glob(".old-*")]: remove(left)
+
+
+def remove(path: Path) -> None:
+    "Remove a file, or a folder with all that is in it; of a link, the link itself."
+    if path.is_symlink() or path.is_file(): path.unlink()
+    else: shutil.rmtree(path, ignore_errors=True)
 
 
 def _drop(old: Path) -> None:
     "Remove a checkpoint, out of sight first."
-    gone = old.with_name(f".old-{old.name}")
-    old.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    gone = old.with_name(f".old-{part_name()[6:]}-{old.name}")
+    try: old.rename(gone)
+    except FileNotFoundError: return  # somebody was faster
+    remove(gone)
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0017
 class Checkpoints:
@@ -275,11 +305,12 @@ class Checkpoints:
     ):
         self.folder, self.run = Path(folder), run
         self.last: Path | None = None
+        self.lock = Lock(folder)  # taken by whoever writes, until it is released or the process ends
         self._index, self._held = {}, {}  # of the last one; what `still.safetensors` holds: place -> (tensor, version)
 
     def names(self) -> list[Path]:
         "Complete checkpoints, the oldest first."
-        return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir())
+        return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir() and not p.is_symlink())
 
     def write(
         self,
@@ -290,15 +321,18 @@ class Checkpoints:
         lasting: Callable[[Path], None] | None = None,  # adds to, or replaces, the files of the one before; None: they stay
         fresh: bool = True,  # whether to write all tensors anew, as at a task's end
     ) -> Path:
-        "Write a checkpoint and drop all but the latest two. Raises OSError, and keeps the one before, when the disk is full."
-        part, final = self.folder / f".part-{name}", self.folder / f"checkpoint-{name}"
+        """Write a checkpoint and drop all but the latest two; everything is written anew when the one before is gone.
+
+        Raises OSError, and keeps the one before, when the disk is full, ValueError when another process writes here."""
+        part, final = self.folder / part_name(), self.folder / f"checkpoint-{name}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            if not _as_written(self.last, self._index): self.last, self._index, self._held = None, {}, {}
             _sweep(self.folder)
             part.mkdir()
             held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
             index = _write_index(part, plain, self.run, self.last, self._index)
-            if final.exists(): shutil.rmtree(final)  # a checkpoint of this very step that was found damaged
+            remove(final)  # a checkpoint of this very step that was found damaged
             part.rename(final)
             _sync_folder(self.folder)
         except OSError as error:
@@ -360,7 +394,7 @@ def write_peft_folder(
     "Write tensors and configuration as PEFT does."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").unlink(missing_ok=True), (folder / "adapter_config.json").unlink(missing_ok=True)  # never through a link
+    (folder / "adapter_config.json").unlink(missing_ok=True)  # never through a link
     data = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}  # tied twice
     data = save_tensors(data, metadata={"format": "pt"})
     write_file(folder / "adapter_model.safetensors", data)
@@ -373,9 +407,17 @@ def read_peft(
     model: nn.Module,  # a PeftModel with such an adapter
     folder: str | Path,
 ) -> dict[str, torch.Tensor]:  # of the model's parameters, by name
-    "The adapter that `write_peft` wrote, or PEFT itself."
-    found = load_tensors((Path(folder) / "adapter_model.safetensors").read_bytes())
-    return {name: found[key] for name, key in peft_names(model).items()}
+    "The adapter that `write_peft` wrote, or PEFT itself. Raises ValueError when it is not one of this model."
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file(): raise FileNotFoundError(f"There is no adapter in {folder}: {path.name} is missing.")
+    with readable(path, "fetch it again"): found = load_tensors(path.read_bytes())
+    own, names = dict(model.named_parameters()), peft_names(model)
+    for name, key in names.items():
+        if key not in found: raise ValueError(f"{path} lacks {key}; it is the adapter of another model.")
+        if found[key].shape != own[name].shape:
+            raise ValueError(f"{path} has {key} of shape {list(found[key].shape)}, but the "
+                             f"model's is {list(own[name].shape)}.")
+    return {name: found[key] for name, key in names.items()}
 
 
 def peft_names(model: nn.Module) -> dict[str, str]:

@@ -56,6 +56,16 @@ def _waiting(mail: Mail) -> list[tuple]:
         if event is not None: event.synchronize()
     return [(tensor, note) for tensor, _, note in mail.waiting]
 
+# %% ../../nbs/engine/20_resume.ipynb #7c595807
+def _fit(search: Search, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
+    "Raise ValueError when a search's numbers and tensors are not those of this search."
+    own = _tensors_of(search)
+    theirs = {k[7:]: x for k, x in tensors.items() if k.startswith("search.")}
+    same = all(k in theirs and theirs[k].shape == x.shape for k, x in own.items())
+    if plain.keys() == _numbers_of(search).keys() and same and "rng" in theirs: return
+    raise ValueError(f"The state's search is not this task's {type(search).__name__}; "
+                     "it is damaged, or from other settings or another version.")
+
 # %% ../../nbs/engine/20_resume.ipynb #b15078af
 def restore_task(
     now: TaskInProgress,  # of the same name, just begun, with the same bank
@@ -65,6 +75,7 @@ def restore_task(
 ) -> None:
     "Make the running task, and the adapter, what they were."
     signature, stats = now.signature, now.stats
+    if now.search is not None: _fit(now.search, plain["search"], tensors)
     now.round, now.rounds, now.epoch, signature.count, signature.recent = (plain[k] for k in ("round", "rounds", "epoch", "count", "recent"))
     signature.total.matrix.copy_(tensors["total"])
     if "start" in tensors: signature.start = [x.to(model.device) for x in model.layout.views(tensors["start"])]

@@ -19,6 +19,7 @@ from .files import FORMAT, read_state, summary, write_state
 from .kept import Kept
 from .resume import ended, restore_task, stacked, task_state
 from .task import TaskInProgress
+from .validate import check_state
 from ..patch import patch
 from ..signature import Layout
 from ..tree import TaskTree
@@ -72,8 +73,9 @@ def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 # %% ../../nbs/engine/21_store.ipynb #08fc51c4
 @patch
-def check(self: Store, plain: dict, config: dict) -> None:
-    "Raise ValueError for a state of another model, or one that was taken with other settings."
+def check(self: Store, plain: dict, tensors: dict[str, torch.Tensor], config: dict) -> None:
+    "Raise ValueError for a state that cannot be, of another model, or with other settings."
+    check_state(plain, tensors)
     if plain["layers"] != self.layout.describe():
         raise ValueError(f"The state is of another model: its LoRA layers are {summary(plain['layers'])}, this model's are {summary(self.layout.describe())}.")
     self.kept.check_same(plain)
@@ -92,6 +94,7 @@ def save(self: Store, folder: str | Path, tree: TaskTree, initial: torch.Tensor,
 def read(cls: Store, folder: str | Path, layout: Layout) -> tuple[dict, dict[str, torch.Tensor]]:
     "What `save` wrote. Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from another model than the layout's."
     plain, tensors = read_state(Path(folder))
+    check_state(plain, tensors, Path(folder) / "treelora.json")
     if layout.describe() != plain["layers"]:
         raise ValueError(f"{folder} was saved from another model: its LoRA layers are {summary(plain['layers'])}, this model's are {summary(layout.describe())}.")
     return plain, tensors

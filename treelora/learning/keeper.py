@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..engine.checkpoint import Checkpoints, Weights, check_writable, fingerprint, peft_names, random_states, read_peft, restore_random_states, write_peft
+from ..engine.files import readable
 from ..engine.packer import Packer
 from .result import _version
 
@@ -158,6 +159,13 @@ class Keeper:
                              f"(--resume, resume=True), "
                              "or choose or empty a folder.")
 
+    def __enter__(self) -> "Keeper":
+        "The run begins: its folder has one writer. Raises ValueError when there is another."
+        if not self.learner.rank: self.book.lock.take()
+        return self
+
+    def __exit__(self, *error) -> None: self.book.lock.release()
+
     def begin(self, learner, stage, half: dict | None) -> None:
         "A stage begins, or goes on."
         if half: _go_on(learner, stage, half)
@@ -206,6 +214,16 @@ def _write(keeper: Keeper, stage) -> None:
 def _read(keeper: Keeper, saved) -> dict | None:  # a stage that was in the middle
     "Let the learner be what it was when a checkpoint was written."
     own, method, packer = keeper.learner, keeper.learner.method, keeper.packer
+    with readable(saved.path, "go on from another checkpoint, or begin anew"):
+        state = _taken(keeper, saved)
+    own.watch.seconds |= saved.plain["seconds"]
+    restore_random_states(state["random"])
+    return state["stage"] and state["stage"] | {"random": state["random"]}
+
+
+def _taken(keeper: Keeper, saved) -> dict:
+    "What a checkpoint says, after method, model and learner have taken it up."
+    own, method, packer = keeper.learner, keeper.learner.method, keeper.packer
     weights = packer.unpack({"weights": saved.plain["weights"]}, saved.tensors, {})["weights"]
     if peft_names(method.model) and (saved.path / "adapter").exists():
         weights |= read_peft(method.model, saved.path / "adapter")
@@ -215,9 +233,7 @@ def _read(keeper: Keeper, saved) -> dict | None:  # a stage that was in the midd
     keeper.weights.restore(weights, state["run"]["modes"])
     _take_up(own, state["run"])
     keeper.restarts = state["run"]["restarts"] + 1
-    own.watch.seconds |= saved.plain["seconds"]
-    restore_random_states(state["random"])
-    return state["stage"] and state["stage"] | {"random": state["random"]}
+    return state
 
 # %% ../../nbs/learning/13_keeper.ipynb #d0cc0166
 def _check_same(keeper: Keeper, saved) -> None:

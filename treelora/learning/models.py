@@ -7,14 +7,15 @@ __all__ = ['MODELS', 'GLYPH_WEIGHTS', 'HUB_NAME', 'HEADS', 'list_models', 'save_
            'get_model', 'model_for', 'check_images', 'features']
 
 # %% ../../nbs/learning/06_models.ipynb #0ad8f1c5
-import os
 from importlib import resources
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
+
+from ..engine.files import replace_file
 
 # %% ../../nbs/learning/06_models.ipynb #a50a51f8
 MODELS = {
@@ -58,11 +59,9 @@ def save_weights(
     dtype: torch.dtype = torch.float16,  # halves the file; weights are loaded back to float32
 ) -> None:
     "Write the backbone (not the head) as safetensors; the file appears only when it is complete."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in _backbone(model.state_dict()).items()}, part)
-    os.replace(part, path)
+    state = _backbone(model.state_dict())
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
+    replace_file(path, save(state))
 
 
 def load_weights(
@@ -74,7 +73,7 @@ def load_weights(
     if not path.is_file():
         raise FileNotFoundError(f"There are no weights at {path}; pass the path of a safetensors file.")
     try: state = _backbone(load_file(path))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch it again.") from None
     own = _backbone(model.state_dict())
     if missing := sorted(own.keys() - state.keys()):
@@ -90,7 +89,9 @@ def load_weights(
     for k, v in state.items():
         if v.shape != own[k].shape:
             raise ValueError(f"{path} has {k!r} of shape {tuple(v.shape)}, but the model needs {tuple(own[k].shape)}.")
-        if not v.isfinite().all():
+        if not v.dtype.is_floating_point:
+            raise ValueError(f"{path} has {k!r} of {v.dtype}; weights are floats.")
+        if not v.float().isfinite().all():
             raise ValueError(f"{path} has NaN or infinite values in {k!r}; fetch or train it again.")
     model.load_state_dict(state, strict=False)
     return model

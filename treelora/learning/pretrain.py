@@ -8,7 +8,7 @@ __all__ = ['SCRIPTS', 'NO_NAME', 'SIDE', 'INK', 'TEXT_FONTS', 'TEX_FONTS', 'Draw
            'glyph_batches', 'train', 'photo_batches', 'pretrain']
 
 # %% ../../nbs/learning/07_pretrain.ipynb #9ecff93e
-import json, os, platform, time, unicodedata
+import json, platform, time, unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..engine.files import replace_file
 from .models import features, get_model, load_weights, save_weights
 from ..streams import ImageSet, get_stream, read_parquet
 
@@ -311,10 +312,7 @@ def _write_json(
     content: dict,
 ) -> None:
     "Write JSON; the file appears only when it is complete."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 # %% ../../nbs/learning/07_pretrain.ipynb #39bb29b3
 def _pretrain_glyphs(
