@@ -46,6 +46,14 @@ def test_every_method_runs_and_repeats(name):
     assert a.memory["peak_bytes"] > 0 and (a.memory["stored_bytes"] > 0) == (name not in ("seqlora", "seqlora-wtp", "joint"))
 
 
+@pytest.mark.parametrize("name", ["seqlora-tap", "treelora-tii", "inflora-ca", "l2p-tap", "hidelora-pet"])
+def test_class_statistics_take_single_images_and_constant_features(name):
+    g, y = torch.Generator().manual_seed(0), torch.arange(4)
+    made = lambda x, y, k: TaskStream.from_arrays("few", x, y, x, y, classes_per_task=k)
+    one, flat = torch.rand(4, 1, 8, 8, generator=g), torch.ones(8, 1, 8, 8)
+    for stream in (made(one, y, 2), made(one, y, 1), made(flat, y.repeat(2), 2)): assert 0 <= tiny_run(name, stream, epochs=1).op <= 1
+
+
 def test_result_file(tmp_path):
     result = tiny_run("treelora", curves=2)
     saved = json.loads(result.save(tmp_path / "deep" / "one.json").read_text())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .bank import Bank
-from .features import FeatureStats
+from .features import FeatureStats, finite
 from ..lora import adapters_off, row_adapters
 from ..patch import patch
 
@@ -181,9 +181,9 @@ class Router:
         beam: int = 16,  # beyond EXACT groups: nodes kept per level
     ) -> torch.Tensor:  # (n,) task indices, in the order of `bank.names`
         """Which task each input belongs to: the one with the nearest group.
-        Raises ValueError when a task has no features."""
+        Raises ValueError when a task has no features, or one is NaN or infinite."""
         W, groups = self._groups()
-        return groups.route(features.detach().to("cpu", torch.float64) @ W.T, beam)
+        return groups.route(finite(features) @ W.T, beam)
 
 # %% ../../nbs/engine/14_routing.ipynb #bb9ed595
 @patch
