@@ -132,7 +132,7 @@ def test_bad_streams():
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match=r"labels \[5\]"): TaskStream.from_arrays("odd", x, y, x, torch.tensor([0, 0, 1, 5]), 1)
     with pytest.raises(ValueError, match="no training images"): TaskStream.from_arrays("empty", x[:0], y[:0], x, y, 1)
-    with pytest.raises(ValueError, match="do not divide"): TaskStream.from_arrays("odd", x, y, x, y, 3)
+    with pytest.raises(ValueError, match="from 1 to 2"): TaskStream.from_arrays("odd", x, y, x, y, 3)
 
 
 def test_labels_outside_the_task():

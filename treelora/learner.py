@@ -470,7 +470,7 @@ def _check_fit(model: torch.nn.Module, stream: Stream) -> None:
     "Raise ValueError when a stream's images do not fit a model."
     embed = getattr(model, "patch_embed", None)
     if embed is None: return
-    wanted, size = (embed.proj.in_channels, *embed.img_size), (stream.in_chans, stream.image_size, stream.image_size)
+    wanted, size = (embed.proj.in_channels, *embed.img_size), stream.shape
     if wanted != size:
         raise ValueError(f"The stream {stream.name!r} has images of {size[0]} x {size[1]} x {size[2]} (channels, height, width), "
                          f"but the model takes {wanted[0]} x {wanted[1]} x {wanted[2]}; choose another scale or model.")

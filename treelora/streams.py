@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, is_dataclass
 from functools import cached_property
+from itertools import accumulate
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 from typing import ClassVar
 
@@ -175,21 +177,22 @@ class TaskStream(Stream):
 
     def __post_init__(self):
         super().__post_init__()
-        shape, owner = tuple(self.tasks[0].train.images.shape[1:]), {}
-        if shape[1] != shape[2]:
-            raise ValueError(
-                f"The stream {self.name!r} has images of {shape[1]} x {shape[2]} pixels, but they must "
-                "be square."
-            )
+        owner = {}
         for task in self.tasks:
-            _check_task(task, shape)
+            _check_task(task, self.shape)
             _check_owners(task, owner)
 
     @property
-    def in_chans(self) -> int: return self.tasks[0].train.images.shape[1]  # 1 for grey, 3 for colour
+    def shape(self) -> tuple[int, int, int]: return tuple(self.tasks[0].train.images.shape[1:])  # channels, height, width
 
     @property
-    def image_size(self) -> int: return self.tasks[0].train.images.shape[2]  # side of the square images, in pixels
+    def in_chans(self) -> int: return self.shape[0]  # 1 for grey, 3 for colour
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:  # in pixels
+        "Side of square images; height and width of others."
+        _, height, width = self.shape
+        return height if height == width else (height, width)
 
     @property
     def n_classes(self) -> int: return 1 + max(c for t in self.tasks for c in t.classes)  # outputs of the shared head
@@ -268,15 +271,14 @@ def _hash(
 
 # %% ../nbs/learning/02_streams.ipynb #fa929400
 def _subset(
-    data: ImageSet,
+    data: ImageSet,  # whose labels are all in `order`
     order: list[int],  # original class -> position is order.index
     lo: int,  # first position
     hi: int,  # one after the last position
 ) -> ImageSet:  # the images of those classes, labelled by position
     "The images of some classes, relabelled by their position in the stream's order."
-    position = torch.full((max(max(order), int(data.labels.max())) + 1,), -1)
-    position[torch.tensor(order)] = torch.arange(len(order))
-    labels = position[data.labels]
+    known = torch.tensor(order).sort()  # labels may have gaps, and be large
+    labels = known.indices[torch.searchsorted(known.values, data.labels.contiguous())]
     keep = (labels >= lo) & (labels < hi)
     return ImageSet(data.images[keep], labels[keep])
 
@@ -285,13 +287,51 @@ def _class_order(
     labels: torch.Tensor,  # (n,) original labels
     class_order: Sequence[int] | None,  # a wished order, or None to draw one
     seed: int,
+    given: str = "class_order",  # where the wish stands, for the message
 ) -> list[int]:  # original classes in the order of the stream
     "Check the wished order of classes, or draw one."
     found = sorted(set(labels.tolist()))
     if found and found[0] < 0: raise ValueError(f"Labels must not be negative, got {found[0]}.")
     if class_order is None: return np.random.default_rng(seed).permutation(found).tolist()
-    if sorted(class_order) != found: raise ValueError(f"class_order must list each of the classes {found} once.")
+    if sorted(class_order) != found: raise ValueError(f"{given} must list each of the classes {found} once.")
     return list(class_order)
+
+# %% ../nbs/learning/02_streams.ipynb #8d2134d5
+def _sizes(
+    per_task: int | Sequence[int],  # one number for all tasks, or one for each
+    n_classes: int,
+) -> list[int]:  # classes of each task
+    "Numbers of classes; `ValueError` unless they are positive and add up to all classes."
+    if not isinstance(per_task, Iterable):
+        if not (isinstance(per_task, Integral) and 1 <= per_task <= n_classes): raise ValueError(f"classes_per_task={per_task} must be a whole number from 1 to {n_classes}, the number of classes.")
+        return [min(per_task, n_classes - lo) for lo in range(0, n_classes, per_task)]
+    sizes = list(per_task)
+    if not all(isinstance(k, Integral) and k > 0 for k in sizes) or sum(sizes) != n_classes:
+        raise ValueError(f"classes_per_task={sizes} must be positive whole numbers that add up to {n_classes}, the number of classes.")
+    return sizes
+
+# %% ../nbs/learning/02_streams.ipynb #ecbd8dc3
+def _partition(
+    labels: torch.Tensor,  # (n,) original labels
+    per_task: int | Sequence[int] | Sequence[Sequence[int]],
+    class_order: Sequence[int] | None,
+    seed: int,
+) -> tuple[list[int], list[int]]:  # original classes in order, and how many each task has
+    "Which classes come, in what order, and how they are cut into tasks."
+    if not isinstance(per_task, Iterable) or not any(np.ndim(part) for part in per_task):
+        order = _class_order(labels, class_order, seed)
+        return order, _sizes(per_task, len(order))
+    parts = [list(part) if np.ndim(part) else [part] for part in per_task]
+    if class_order is not None: raise ValueError("classes_per_task lists the classes of each task in order already; leave class_order out.")
+    if not all(parts): raise ValueError("classes_per_task has a task without classes; every task needs at least one.")
+    return _class_order(labels, [c for part in parts for c in part], seed, "classes_per_task"), [len(part) for part in parts]
+
+
+def _name_of(c: int, class_names: Sequence[str] | dict[int, str] | None) -> str:
+    "A class in words; `ValueError` where the names have none for it."
+    if class_names is None: return str(c)
+    try: return class_names[c]
+    except (IndexError, KeyError): raise ValueError(f"class_names has no name for the class {c}; it is indexed by the images' labels.") from None
 
 # %% ../nbs/learning/02_streams.ipynb #0004218b
 def _from_arrays(
@@ -301,29 +341,25 @@ def _from_arrays(
     labels: torch.Tensor | np.ndarray | Sequence[int],  # (n,)
     test_images: torch.Tensor | np.ndarray,  # as `images`
     test_labels: torch.Tensor | np.ndarray | Sequence[int],  # as `labels`
-    classes_per_task: int,
+    classes_per_task: int | Sequence[int] | Sequence[Sequence[int]],
+    # for all tasks (the last takes what is left); or for each; or the classes of each, by their labels
     seed: int = 0,  # draws the order of the classes
     class_order: Sequence[int] | None = None,  # fixes it instead
-    class_names: Sequence[str] | None = None,  # indexed by original label
+    class_names: Sequence[str] | dict[int, str] | None = None,  # indexed by original label
     scale: str = "quick",
     task_name: Callable[[int, Sequence[str]], str] | None = None,  # (position of task, its class names) -> its name
 ) -> "TaskStream":
-    "Cut labelled images into tasks of `classes_per_task` classes; `ValueError` if they do not divide."
+    "Cut labelled images into tasks of some classes each; `ValueError` if the classes do not add up."
     train, test = ImageSet(images, labels), ImageSet(test_images, test_labels)
     if not len(train): raise ValueError(f"The stream {name!r} has no training images.")
     if not len(test): raise ValueError(f"The stream {name!r} has no test images.")
-    order = _class_order(train.labels, class_order, seed)
-    if classes_per_task < 1 or len(order) % classes_per_task:
-        raise ValueError(
-            f"{len(order)} classes do not divide into tasks of {classes_per_task}; choose a divisor of "
-            f"{len(order)}."
-        )
+    order, sizes = _partition(train.labels, classes_per_task, class_order, seed)
     if unknown := set(test.labels.tolist()) - set(order):
         raise ValueError(f"The test images have labels {sorted(unknown)} that no training image has.")
     tasks = []
-    for i, lo in enumerate(range(0, len(order), classes_per_task)):
-        hi = lo + classes_per_task
-        names = [class_names[c] if class_names is not None else str(c) for c in order[lo:hi]]
+    for i, hi in enumerate(accumulate(sizes)):
+        lo = hi - sizes[i]
+        names = [_name_of(c, class_names) for c in order[lo:hi]]
         title = task_name(i, names) if task_name else f"{name}-{'-'.join(names)}"
         sets = (_subset(data, order, lo, hi) for data in (train, test))
         tasks.append(Task(title, tuple(range(lo, hi)), *sets, tuple(names)))
@@ -577,7 +613,7 @@ register_stream("split-fashion-mnist", ["quick", "small"], _fashion)
 register_stream("split-tiny-imagenet", ["small"], _tiny)
 
 # %% ../nbs/learning/02_streams.ipynb #73dc1d53
-ELSEWHERE = dict.fromkeys(("cldr", "cldr-blind", "trace", "math-llm", "long-15", *(f"cl-benchmark-{i}" for i in range(1, 7))), "treelora.learning.text")  # name -> the module that registers it
+ELSEWHERE = {"images": "treelora.learning.images"} | dict.fromkeys(("cldr", "cldr-blind", "trace", "math-llm", "long-15", *(f"cl-benchmark-{i}" for i in range(1, 7))), "treelora.learning.text")  # name -> the module that registers it
 
 
 def _load(
