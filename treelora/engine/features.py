@@ -37,7 +37,8 @@ class FeatureStats:
         features: torch.Tensor,  # (n, F)
         groups: Sequence,  # n labels
     ) -> None:
-        "Take in features, each with the group it belongs to. Raises ValueError for NaN or infinite ones."
+        """Take in features, each with the group it belongs to. Raises ValueError for NaN or
+        infinite ones."""
         x = finite(features)
         if self.scatter is None: self.scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         for group in dict.fromkeys(groups):

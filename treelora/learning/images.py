@@ -19,7 +19,8 @@ from ..streams import TaskStream, register_stream
 
 # %% ../../nbs/learning/17_images.ipynb #85153087
 def _open(source: Path | bytes | dict | Image.Image) -> Image.Image:
-    "An image from a file, from its bytes, or from a record that holds them; `ValueError` for anything else."
+    """An image from a file, from its bytes, or from a record that holds them; `ValueError`
+    for anything else."""
     if isinstance(source, Image.Image): return source
     if isinstance(source, dict): source = source.get("bytes")
     if isinstance(source, bytes): return Image.open(io.BytesIO(source))
@@ -36,7 +37,9 @@ def _pixels(
 ) -> np.ndarray:  # (C, H, W) uint8, C = 1 for grey
     "An image as numbers; `ValueError` when it has more than eight bits per channel."
     image = _open(source)
-    if image.mode[0] in "IF": raise ValueError(f"it has more than eight bits per channel (mode {image.mode}); convert it first")
+    if image.mode[0] in "IF":
+        raise ValueError(f"it has more than eight bits per channel (mode {image.mode}); "
+                         "convert it first")
     image = image.convert("L" if image.mode in GREY else "RGB")
     if size is not None: image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
@@ -51,22 +54,26 @@ class Split:
     where: str  # for messages
 
 # %% ../../nbs/learning/17_images.ipynb #1ceb3792
-BAD = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)  # what Pillow raises
+# what Pillow raises
+BAD = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
 
 
 def _decoded(
     split: Split,
     size: tuple[int, int] | None,  # height and width; None: as they are, all alike
 ) -> list[np.ndarray]:  # of (C, H, W) uint8
-    "All images of a split; `ValueError` names the one that cannot be read, or has another size than the first."
+    """All images of a split; `ValueError` names the one that cannot be read, or has another
+    size than the first."""
     found = []
     for i, source in enumerate(split.images):
         name = source if isinstance(source, Path) else f"Image {i} of {split.where}"
         try: pixels = _pixels(source, size)
-        except BAD as error: raise ValueError(f"{name} cannot be read as an image: {error}.") from None
+        except BAD as error:
+            raise ValueError(f"{name} cannot be read as an image: {error}.") from None
         if found and pixels.shape[1:] != found[0].shape[1:]:
             sides = [" x ".join(map(str, p.shape[1:])) for p in (pixels, found[0])]
-            raise ValueError(f"{name} has {sides[0]} pixels and the first image {sides[1]}; ask for a size, as in size=64, to scale all.")
+            raise ValueError(f"{name} has {sides[0]} pixels and the first image {sides[1]}; "
+                             "ask for a size, as in size=64, to scale all.")
         found.append(pixels)
     return found
 
@@ -81,17 +88,26 @@ def _numbered(
     splits: Sequence[Split],  # training and test
     names: Sequence[str] | None,  # of the classes 0, 1, ...; None: the labels tell
 ) -> tuple[list[list[int]], list[str] | dict[int, str] | None]:  # labels of each split, names
-    "Whole numbers for labels; `ValueError` for labels that are missing or neither numbers nor words."
+    """Whole numbers for labels; `ValueError` for labels that are missing or neither numbers
+    nor words."""
     kinds = {type(label) for s in splits for label in s.labels}
     if kinds == {str}:
         words = sorted({label for s in splits for label in s.labels})
         return [[words.index(label) for label in s.labels] for s in splits], words
     if kinds <= {int}: return [s.labels for s in splits], names or None
-    raise ValueError(f"{splits[0].where} has labels of the kind {', '.join(sorted(k.__name__ for k in kinds))}; they must all be whole numbers, or all words.")
+    raise ValueError(f"{splits[0].where} has labels of the kind "
+                     f"{', '.join(sorted(k.__name__ for k in kinds))}; they must all be "
+                     "whole numbers, or all words.")
 
 # %% ../../nbs/learning/17_images.ipynb #7ab9705f
-TESTS = ("test", "val", "valid", "validation")  # names of the test split, of which the first is taken
+# names of the test split, of which the first is taken
+TESTS = ("test", "val", "valid", "validation")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def _is_image(file: Path) -> bool:
+    "Whether a file's name is that of an image."
+    return file.suffix.lower() in ENDINGS and not file.name.startswith(".")
 
 
 def _classes(folder: Path) -> list[Path]:
@@ -103,13 +119,20 @@ def _folder_split(folder: Path) -> Split:
     "The images of all classes; `ValueError` for a class without any."
     images, labels = [], []
     for place in _classes(folder):
-        files = sorted(p for p in place.rglob("*") if p.suffix.lower() in ENDINGS and not p.name.startswith("."))
-        if not files: raise ValueError(f"{place} holds no images ({', '.join(ENDINGS)}); every class needs some.")
+        files = sorted(p for p in place.rglob("*") if _is_image(p))
+        if not files:
+            raise ValueError(f"{place} holds no images ({', '.join(ENDINGS)}); every class "
+                             "needs some.")
         images += files
         labels += [place.name] * len(files)
     return Split(images, labels, str(folder))
 
 # %% ../../nbs/learning/17_images.ipynb #3fcc215d
+def _rows(split: Split, rows: list[int]) -> Split:
+    "Some images of a split."
+    return Split([split.images[i] for i in rows], [split.labels[i] for i in rows], split.where)
+
+
 def _held_out(
     split: Split,
     share: float,  # of each class, for testing
@@ -119,10 +142,12 @@ def _held_out(
     rng, test = np.random.default_rng(seed), set()
     for name in sorted(set(split.labels)):
         own = [i for i, label in enumerate(split.labels) if label == name]
-        if len(own) < 2: raise ValueError(f"The class {name!r} of {split.where} has one image, but one is needed to learn and one to test; add some, or a test split.")
+        if len(own) < 2:
+            raise ValueError(f"The class {name!r} of {split.where} has one image, but one is "
+                             "needed to learn and one to test; add some, or a test split.")
         test |= set(rng.permutation(own)[:max(1, round(share * len(own)))].tolist())
-    kept = ([i for i in range(len(split.labels)) if (i in test) == wanted] for wanted in (False, True))
-    return [Split([split.images[i] for i in part], [split.labels[i] for i in part], split.where) for part in kept]
+    return [_rows(split, [i for i in range(len(split.labels)) if (i in test) == wanted])
+            for wanted in (False, True)]
 
 # %% ../../nbs/learning/17_images.ipynb #69c2eb7a
 def _from_folders(root: Path, seed: int) -> tuple[list[Split], None] | None:
@@ -131,7 +156,7 @@ def _from_folders(root: Path, seed: int) -> tuple[list[Split], None] | None:
     if (root / "train").is_dir():
         train = _folder_split(root / "train")
         return ([train, _folder_split(tests[0])] if tests else _held_out(train, 0.2, seed)), None
-    if not root.is_dir() or not any(p.suffix.lower() in ENDINGS for c in _classes(root) for p in c.iterdir()): return None
+    if not root.is_dir() or not any(map(_is_image, root.glob("[!.]*/*"))): return None
     return _held_out(_folder_split(root), 0.2, seed), None
 
 # %% ../../nbs/learning/17_images.ipynb #b0c37e99
@@ -146,25 +171,29 @@ def _column(
     "The first wanted column that there is; `ValueError` if there is none."
     for name in wanted:
         if name in names: return name
-    raise ValueError(f"{where} has the columns {', '.join(names)}; one must be called {' or '.join(wanted)}.")
+    raise ValueError(f"{where} has the columns {', '.join(names)}; one must be called "
+                     f"{' or '.join(wanted)}.")
 
 # %% ../../nbs/learning/17_images.ipynb #b84c7036
 def _parquet_files(root: Path) -> list[list[Path]]:
     "Files of the training and of the test split, in the folder or in its `data`."
     for folder in (root, root / "data"):
-        named = [sorted(folder.glob(f"{name}-*.parquet")) + sorted(folder.glob(f"{name}.parquet")) for name in ("train", *TESTS)]
+        named = [sorted(p for form in ("-*", "") for p in folder.glob(f"{name}{form}.parquet"))
+                 for name in ("train", *TESTS)]
         if named[0]: return [named[0], next(filter(None, named[1:]), [])]
     return [[], []]
 
 
 def _class_names(metadata: dict | None, column: str) -> list[str]:
     "Names that `datasets` has written into a parquet file's metadata, if any."
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    written = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    features = written.get("info", {}).get("features", {})
     return features.get(column, {}).get("names") or []
 
 # %% ../../nbs/learning/17_images.ipynb #6005c8fb
 def _parquet_split(files: list[Path]) -> tuple[Split, list[str]]:
-    "A split and its classes' names; `ValueError` when a file is damaged, or columns are missing."
+    """A split and its classes' names; `ValueError` when a file is damaged, or columns are
+    missing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
@@ -172,7 +201,9 @@ def _parquet_split(files: list[Path]) -> tuple[Split, list[str]]:
         image, label = _column(names, IMAGES, files[0]), _column(names, LABELS, files[0])
         table = pa.concat_tables([pq.read_table(f, columns=[image, label]) for f in files])
         found = _class_names(table.schema.metadata, label)
-    except (pa.ArrowException, OSError, KeyError) as error: raise ValueError(f"{files[0].parent} holds parquet files that cannot be read ({type(error).__name__}: {error}).") from None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{files[0].parent} holds parquet files that cannot be read "
+                         f"({type(error).__name__}: {error}).") from None
     return Split(table[image].to_pylist(), table[label].to_pylist(), str(files[0].parent)), found
 
 
@@ -187,61 +218,78 @@ def _from_parquet(root: Path, seed: int) -> tuple[list[Split], list[str]] | None
 def _saved_split(data, where: str) -> tuple[Split, list[str]]:
     "A split of `datasets` and its classes' names; `ValueError` when columns are missing."
     from datasets import Image as Encoded
-    image, label = _column(data.column_names, IMAGES, where), _column(data.column_names, LABELS, where)
-    if isinstance(data.features[image], Encoded): data = data.cast_column(image, Encoded(decode=False))
-    return Split([row[image] for row in data.select_columns([image])], list(data[label]), where), getattr(data.features[label], "names", [])
+    image, label = (_column(data.column_names, names, where) for names in (IMAGES, LABELS))
+    if isinstance(data.features[image], Encoded):
+        data = data.cast_column(image, Encoded(decode=False))
+    images = [row[image] for row in data.select_columns([image])]
+    return Split(images, list(data[label]), where), getattr(data.features[label], "names", [])
 
 
 def _from_saved(root: Path, seed: int) -> tuple[list[Split], list[str]] | None:
     "Training and test split of what `datasets` has saved, or None."
-    if not any((root / name).is_file() for name in ("dataset_dict.json", "state.json")): return None
+    if not any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
     from datasets import load_from_disk
     try: saved = load_from_disk(str(root))
-    except Exception as error: raise ValueError(f"{root} cannot be read by datasets ({type(error).__name__}: {error}).") from None
+    except Exception as error:
+        raise ValueError(f"{root} cannot be read by datasets ({type(error).__name__}: "
+                         f"{error}).") from None
     if not isinstance(saved, dict): saved = {"train": saved}
-    if "train" not in saved: raise ValueError(f"{root} has the splits {', '.join(saved)}; one must be called train.")
+    if "train" not in saved:
+        raise ValueError(f"{root} has the splits {', '.join(saved)}; one must be called "
+                         "train.")
     first, names = _saved_split(saved["train"], str(root))
     test = next((saved[name] for name in TESTS if name in saved), None)
-    return ([first, _saved_split(test, str(root))[0]] if test is not None else _held_out(first, 0.2, seed)), names
+    if test is None: return _held_out(first, 0.2, seed), names
+    return [first, _saved_split(test, str(root))[0]], names
 
 # %% ../../nbs/learning/17_images.ipynb #adf530be
 READERS = (_from_saved, _from_parquet, _from_folders)
 
 
 def _read(root: Path, seed: int) -> tuple[list[Split], Sequence[str] | None]:
-    "Training and test split, and names of the classes; `FileNotFoundError` saying what was looked for."
+    """Training and test split, and names of the classes; `FileNotFoundError` saying what was
+    looked for."""
     for reader in READERS:
         if (found := reader(root, seed)) is not None: return found
-    raise FileNotFoundError(f"{root} holds no images that are known how to read: put train/CLASS/*.png and test/CLASS/*.png there, or train-*.parquet "
-                            "and test-*.parquet, or what datasets' save_to_disk writes.")
+    raise FileNotFoundError(f"{root} holds no images in a known layout: put train/CLASS/*.png and "
+                            """test/CLASS/*.png there, or train-*.parquet and test-*.parquet,
+                            or"""
+                            "what datasets' save_to_disk writes.")
 
 # %% ../../nbs/learning/17_images.ipynb #2974d54a
 def image_stream(
     root: str | Path,  # the folder
-    classes_per_task: int | Sequence[int] | Sequence[Sequence[int]],  # as in `TaskStream.from_arrays`
-    size: int | tuple[int, int] | None = None,  # side in pixels, or height and width; None: as they are
+    # as in `TaskStream.from_arrays`
+    classes_per_task: int | Sequence[int] | Sequence[Sequence[int]],
+    # side in pixels, or height and width; None: as they are
+    size: int | tuple[int, int] | None = None,
     seed: int = 0,  # draws the order of the classes, and a test split if there is none
     scale: str = "quick",
     name: str = "images",
     class_order: Sequence[int] | None = None,  # fixes the order instead
 ) -> TaskStream:
-    """Images of a folder as tasks, grey if all are grey. Raises FileNotFoundError where none are
-    found, ValueError for what cannot be read or does not fit."""
+    """Images of a folder as tasks, grey if all are grey. Raises FileNotFoundError where none
+    are found, ValueError for what cannot be read or does not fit."""
     splits, names = _read(Path(root), seed)
     labels, names = _numbered(splits, names)
     sides = (size, size) if isinstance(size, int) else size
     images = [_decoded(split, sides) for split in splits]
     grey = all(len(x) == 1 for part in images for x in part)
     arrays = [(_stacked(x, grey), y) for x, y in zip(images, labels) if x]
-    if len(arrays) < 2: raise ValueError(f"{root} has an empty split; training and test both need images.")
-    return TaskStream.from_arrays(name, *arrays[0], *arrays[1], classes_per_task, seed, class_order, names, scale)
+    if len(arrays) < 2:
+        raise ValueError(f"{root} has an empty split; training and test both need images.")
+    return TaskStream.from_arrays(name, *arrays[0], *arrays[1], classes_per_task, seed,
+                                  class_order, names, scale)
 
 # %% ../../nbs/learning/17_images.ipynb #f95ae384
 def _wishes(argument: str) -> tuple[int | list[int], tuple[int, int] | None]:
     "Classes per task and the size; `ValueError` for what cannot be read."
     found = re.fullmatch(r"(\d{1,6}(?:,\d{1,6})*)(?:@(\d{1,5})(?:x(\d{1,5}))?)?", argument)
     if not found or "0" in (found[2], found[3]):
-        raise ValueError(f"images:{argument} should be images:10 (classes per task), images:50,10,10 (for each task) or images:10@64 (with the size of the images).")
+        raise ValueError(f"images:{argument} should be images:10 (classes per task), "
+                         "images:50,10,10 (for each task) or images:10@64 (with the size of "
+                         "the images).")
     sizes = [int(k) for k in found[1].split(",")]
     size = found[2] and (int(found[2]), int(found[3] or found[2]))
     return (sizes[0] if len(sizes) == 1 else sizes), size or None
@@ -250,8 +298,11 @@ def _wishes(argument: str) -> tuple[int | list[int], tuple[int, int] | None]:
 def _images(scale: str, seed: int, root: Path | None, argument: str = "10") -> TaskStream:
     "The stream `images`."
     classes, size = _wishes(argument)
-    if root is None: raise FileNotFoundError("The stream images takes its images from a folder: pass it as root (--root FOLDER).")
+    if root is None:
+        raise FileNotFoundError("The stream images takes its images from a folder: pass it "
+                                "as root (--root FOLDER).")
     return image_stream(root, classes, size, seed, scale, f"images:{argument}")
 
 
-register_stream("images", ["quick", "small", "paper"], _images, "classes per task and the size, as in 'images:10@64'")
+register_stream("images", ["quick", "small", "paper"], _images,
+                "classes per task and the size, as in 'images:10@64'")

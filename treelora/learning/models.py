@@ -153,7 +153,8 @@ def model_for(
         if (size["img_size"], size["in_chans"]) == (image_size, in_chans): return name
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     known = [f"{size['in_chans']} x {size['img_size']} x {size['img_size']}" for size in MODELS.values()]
-    raise ValueError(f"No model takes {in_chans} x {height} x {width} images; the known models take {known}.")
+    raise ValueError(f"No model takes {in_chans} x {height} x {width} images; the known "
+                     f"models take {known}.")
 
 # %% ../../nbs/learning/06_models.ipynb #321460eb
 def check_images(
