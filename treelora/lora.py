@@ -108,6 +108,7 @@ def extra_repr(self: LoRALinear) -> str:
     return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
 
 # %% ../nbs/core/02_lora.ipynb #c8ee1e1b
+#| code-fold: true
 @patch
 @property
 def weight(self: LoRALinear) -> torch.Tensor:  # (out_features, in_features)
@@ -122,6 +123,7 @@ def weight(self: LoRALinear) -> torch.Tensor:  # (out_features, in_features)
     return self.base.weight + self.spread(BA.permute(2, 0, 1)).T
 
 # %% ../nbs/core/02_lora.ipynb #071311db
+#| code-fold: true
 @patch
 @property
 def bias(self: LoRALinear) -> torch.Tensor | None:  # (out_features,)

@@ -16,7 +16,8 @@ from torch import nn
 
 from .conductor import TreeLoRA
 from ..engine.device import bytes_of
-from ..engine.options import VARIANTS
+from ..engine.help import explain
+from ..engine.options import VARIANTS, Options
 from ..engine.reference import reference_gradient, reference_point
 from ..engine.signals import loss_now
 from ..engine.store import Store
@@ -227,3 +228,6 @@ def device_bytes(self: TreeLoRA) -> int:
     "What it holds on the training device at this moment beside the model, in bytes; it does not grow with the tasks."
     running = [self._now.signature.total.matrix] if self._now is not None and "total" in vars(self._now.signature) else []
     return self.live.scratch_bytes + self.pull.scratch_bytes + bytes_of(running)
+
+# %% ../../nbs/engine/23_afterwards.ipynb #0e01ad56
+explain(TreeLoRA.__init__, Options)

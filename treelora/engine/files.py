@@ -90,7 +90,7 @@ def read_state(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     "JSON and tensors of a saved state, checked against the checksum; the tensors are mapped copy-on-write and read when they are looked at."
     index = folder / "treelora.json"
     if not index.is_file(): raise FileNotFoundError(f"No saved TreeLoRA in {folder}: treelora.json is missing.")
-    try: plain = json.loads(index.read_text())
+    try: plain = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{index} is damaged (no valid JSON); restore it or save anew.") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"{index} is not of format {FORMAT}, the one that this version reads.")

@@ -253,9 +253,8 @@ def _read(root: Path, seed: int) -> tuple[list[Split], Sequence[str] | None]:
     for reader in READERS:
         if (found := reader(root, seed)) is not None: return found
     raise FileNotFoundError(f"{root} holds no images in a known layout: put train/CLASS/*.png and "
-                            """test/CLASS/*.png there, or train-*.parquet and test-*.parquet,
-                            or"""
-                            "what datasets' save_to_disk writes.")
+                            "test/CLASS/*.png there, or train-*.parquet and test-*.parquet, "
+                            "or what datasets' save_to_disk writes.")
 
 # %% ../../nbs/learning/17_images.ipynb #2974d54a
 def image_stream(

@@ -313,7 +313,7 @@ def _write_json(
     "Write JSON; the file appears only when it is complete."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 # %% ../../nbs/learning/07_pretrain.ipynb #39bb29b3
