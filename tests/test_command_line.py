@@ -124,7 +124,7 @@ def test_results_of_other_settings_are_neither_joined_nor_replaced(tmp_path, cap
     assert said(capsys, *run, 1) == (0, "")
     path = tmp_path / "squares/quick/seqlora-seed0.json"
     first = path.read_bytes()
-    for other in ([4], [4, "--seed", 1], [1, "--lr", 0.1], [1, "--batch-size", 4], [1, "--option", "layers=3"], [1, "--stop-loss", 9]):
+    for other in ([4], [4, "--seed", 1], [1, "--lr", 0.1], [1, "--batch-size", 4], [1, "--option", "blocks=3"], [1, "--stop-loss", 9]):
         code, err = said(capsys, *run, *other)
         assert code == 2 and f"{path} was run with" in err and "another folder" in err, other
     assert path.read_bytes() == first and [p.name for p in path.parent.iterdir()] == [path.name]

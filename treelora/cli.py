@@ -318,7 +318,13 @@ def _bench(args) -> None:
     from treelora.experiments.bench import bench, run_scale
     if args.what == "scale": print(*run_scale(args.out or Path("results/bench"), args.figures, args.quick), sep="\n")
     elif args.what in ("time", "steps"): _bench_training(args)
+    elif args.what == "serving": print(_serving(args.out, args.quick))
     else: print(bench(args.out, args.quick))
+
+
+def _serving(out: Path | None, quick: bool) -> str:
+    from treelora.experiments.serving import run_serving
+    return run_serving(out, quick)
 
 
 def _bench_training(args) -> None:
@@ -330,8 +336,8 @@ def _bench_training(args) -> None:
 # %% ../nbs/tutorials/08_command_line.ipynb #c1a4d333
 def _add_bench(commands) -> None:
     p = commands.add_parser("bench", help="measure the step and the search on this machine")
-    p.add_argument("what", nargs="?", choices=("all", "scale", "time", "steps"), default="all",
-                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size")
+    p.add_argument("what", nargs="?", choices=("all", "scale", "time", "steps", "serving"), default="all",
+                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size; serving: answers under many adapters, beside PEFT's")
     p.add_argument("--stream", default="split-digits", help="for time")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for time")
     p.add_argument("--root", type=Path, help="data folder, for time")

@@ -32,7 +32,8 @@ def argument_comments(
     "Comments beside arguments. Raises OSError where the source is not there."
     source = textwrap.dedent(inspect.getsource(thing))
     notes = _notes(source)
-    return {name: notes.get(line, "") for name, line in _places(ast.parse(source).body[0]).items()}
+    places = _places(ast.parse(source).body[0])
+    return {name: notes.get(line, "") for name, line in places.items()}
 
 # %% ../../nbs/engine/30_help.ipynb #a88ed118
 def explain(

@@ -51,5 +51,6 @@ def refuse_unlike(
     first = next(iter(results), None)
     for path, result in results.items():
         for name, (old, new) in unlike(results[first], result).items():
-            raise ValueError(f"{first} was run with {name}={old} and {path} with {name}={new}: "
-                             "they are not averaged; move one of them to another folder.")
+            raise ValueError(f"{first} was run with {name}={old} and {path} with "
+                             f"{name}={new}: they are not averaged; move one of them to "
+                             "another folder.")
