@@ -46,6 +46,14 @@ def test_every_method_runs_and_repeats(name):
     assert a.memory["peak_bytes"] > 0 and (a.memory["stored_bytes"] > 0) == (name not in ("seqlora", "seqlora-wtp", "joint"))
 
 
+@pytest.mark.parametrize("name", ["seqlora-tap", "treelora-tii", "inflora-ca", "l2p-tap", "hidelora-pet"])
+def test_class_statistics_take_single_images_and_constant_features(name):
+    g, y = torch.Generator().manual_seed(0), torch.arange(4)
+    made = lambda x, y, k: TaskStream.from_arrays("few", x, y, x, y, classes_per_task=k)
+    one, flat = torch.rand(4, 1, 8, 8, generator=g), torch.ones(8, 1, 8, 8)
+    for stream in (made(one, y, 2), made(one, y, 1), made(flat, y.repeat(2), 2)): assert 0 <= tiny_run(name, stream, epochs=1).op <= 1
+
+
 def test_result_file(tmp_path):
     result = tiny_run("treelora", curves=2)
     saved = json.loads(result.save(tmp_path / "deep" / "one.json").read_text())
@@ -124,7 +132,7 @@ def test_bad_streams():
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match=r"labels \[5\]"): TaskStream.from_arrays("odd", x, y, x, torch.tensor([0, 0, 1, 5]), 1)
     with pytest.raises(ValueError, match="no training images"): TaskStream.from_arrays("empty", x[:0], y[:0], x, y, 1)
-    with pytest.raises(ValueError, match="do not divide"): TaskStream.from_arrays("odd", x, y, x, y, 3)
+    with pytest.raises(ValueError, match="from 1 to 2"): TaskStream.from_arrays("odd", x, y, x, y, 3)
 
 
 def test_labels_outside_the_task():

@@ -1,4 +1,6 @@
 "LoRA layers and the matrix view on them: PEFT, fused projections, ragged layers, half precision."
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from treelora.lora import LoRALinear, add_lora, adapters_off, lora_layers
+from treelora.lora import LoRALinear, add_lora, adapters_off, lora_layers, row_adapters
 from treelora.signature import SIGNATURES, Layout, Rows
 
 
@@ -102,3 +104,68 @@ def test_adapters_off_restores_after_an_error():
 
 def test_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="no LoRA layers"): lora_layers(nn.Linear(2, 2))
+
+
+# Modules that read a layer's weight instead of calling the layer
+
+class BeitQKV(nn.Module):
+    "timm's attention of BEiT, alone."
+    def __init__(self):
+        super().__init__()
+        from timm.models.beit import Attention
+        self.attn = Attention(12, num_heads=2, qkv_bias=True)
+
+    def forward(self, x): return self.attn(x)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self): super().__init__(); self.attn = nn.MultiheadAttention(12, 2, batch_first=True)
+    def forward(self, x): return self.attn(x, x, x)[0]
+
+
+READERS = [(SelfAttention, "out_proj", None), (BeitQKV, "qkv", None), (BeitQKV, "qkv", ("k", "v")),
+           (lambda: nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True), ["linear1", "linear2", "out_proj"], None),
+           (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True), 2), "linear1", None)]
+
+
+@pytest.mark.parametrize("build, target, parts", READERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_adapter_acts_where_weights_are_read(build, target, parts, training):
+    "The same numbers, and gradients, as a model whose weights hold the correction."
+    torch.manual_seed(0)
+    model = build().train(training)
+    merged, plain = copy.deepcopy(model), copy.deepcopy(model)
+    add_lora(model, target, 2, 4, parts=parts)
+    x = torch.randn(3, 5, 12)
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    for name, layer in adapted.items():
+        with torch.no_grad():
+            layer.lora_B.normal_()
+            merged.get_submodule(name).weight += layer.spread(layer.delta(torch.eye(layer.base.in_features))).T
+    for grad in (torch.enable_grad(), torch.no_grad()):
+        with grad:
+            assert torch.allclose(model(x), merged(x), atol=1e-5) and not torch.allclose(model(x), plain(x), atol=1e-2)
+            with adapters_off(model): assert torch.allclose(model(x), plain(x), atol=1e-6)
+    model(x).square().sum().backward(), merged(x).square().sum().backward()
+    for name, layer in adapted.items():
+        full = merged.get_submodule(name).weight.grad
+        assert layer.lora_A.grad.abs().sum() > 0 and layer.base.weight.grad is None
+        if parts is None: assert torch.allclose(layer.lora_B.grad[0], full @ layer.lora_A.T * layer.scale, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("build, target", [(READERS[3][0], "linear1"), (SelfAttention, "out_proj")])
+def test_rows_of_many_tasks_are_right_or_refused(build, target):
+    "A layer that is called serves rows; one whose weight alone is read cannot."
+    torch.manual_seed(0)
+    model, x = add_lora(build(), target, 2, 4).eval(), torch.randn(3, 5, 12)
+    layer, = lora_layers(model)
+    pairs = [(torch.randn(2, *layer.A.shape), torch.randn(2, *layer.B.shape))]
+    try:
+        with torch.no_grad(), row_adapters(model, [layer.name], pairs, torch.tensor([0, 1, 0])): mixed = model(x)
+    except ValueError as error: mixed, said = None, str(error)
+    if target == "out_proj": assert mixed is None and "reads an adapted layer's weight" in said and "once per task" in said
+    with torch.no_grad():
+        for k, rows in ((0, [0, 2]), (1, [1])):
+            layer.A.copy_(pairs[0][0][k]), layer.B.copy_(pairs[0][1][k])
+            own = model(x)[rows]  # by_row is over: the weight can be read again
+            assert mixed is None or torch.allclose(own, mixed[rows], atol=1e-5)

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from treelora.algorithm import TreeLoRA
 from treelora.engine import routing
+from treelora.engine.features import FeatureStats
 from treelora.engine.routing import CentroidTree, Groups, nearest, route
+from treelora.learning.decompose import sample_features
 
 
 def brute_force(x, means):
@@ -125,3 +127,23 @@ def test_the_groups_are_made_anew_when_a_task_is_added_or_a_state_is_restored(ma
         for p in tl.params: p.grad = torch.ones_like(p)
         tl.step()
     with pytest.raises(ValueError, match="needs features of every task"): tl.route(x)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    stats, x = FeatureStats(), torch.randn(4, 3)
+    stats.update(x, list("aabb"))
+    before = stats.means["a"].clone(), stats.scatter.clone()
+    for bad in (torch.nan, torch.inf):
+        odd = x.clone()
+        odd[1, 2] = bad
+        for refused in (lambda: stats.update(odd, list("aabb")), lambda: stats.distances(odd)):
+            with pytest.raises(ValueError, match="1 of 4 inputs have features that are NaN or infinite"): refused()
+    assert torch.equal(stats.means["a"], before[0]) and torch.equal(stats.scatter, before[1]) and stats.counts == {"a": 2, "b": 2}
+
+
+def test_groups_of_one_example_are_told_apart():
+    "No scatter: the ridge alone is left, and both distance and samples stay finite."
+    stats = FeatureStats()
+    stats.update(5 * torch.eye(3), [0, 1, 2])
+    assert stats.distances(5 * torch.eye(3)).argmin(1).tolist() == [0, 1, 2]
+    assert torch.allclose(sample_features(stats, 1)[0], 5 * torch.eye(3), atol=1e-6)

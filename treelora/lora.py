@@ -61,6 +61,7 @@ class LoRALinear(nn.Module):
         _check_layer(base, r)
         self.base, self.r, self.scale = base.requires_grad_(False), r, alpha / r
         self.parts, self.active = parts, True  # `adapters_off` switches the correction off
+        self.by_row = False  # `row_adapters` lets each row have a correction of its own
         self.slots, self.n_slices = _slots(parts, base.out_features)
         n, width = len(self.slots), base.out_features // self.n_slices
         like = dict(device=base.weight.device, dtype=base.weight.dtype)
@@ -110,6 +111,29 @@ def forward(self: LoRALinear, x):
 def extra_repr(self: LoRALinear) -> str:
     "What a printed model shows of the layer."
     return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
+
+# %% ../nbs/core/02_lora.ipynb #c8ee1e1b
+#| code-fold: true
+@patch
+@property
+def weight(self: LoRALinear) -> torch.Tensor:  # (out_features, in_features)
+    """W + BA. Raises ValueError where rows have corrections of their own: no one matrix has
+    them."""
+    if self.by_row:
+        raise ValueError("A module reads an adapted layer's weight instead of calling it, so "
+                         "rows cannot have their own adapters; run the model once per task.")
+    if not self.active: return self.base.weight
+    A = self.lora_A.unflatten(0, (len(self.slots), self.r))
+    BA = self.lora_B @ A * self.scale  # (parts, slice width, in_features)
+    return self.base.weight + self.spread(BA.permute(2, 0, 1)).T
+
+# %% ../nbs/core/02_lora.ipynb #071311db
+#| code-fold: true
+@patch
+@property
+def bias(self: LoRALinear) -> torch.Tensor | None:  # (out_features,)
+    "The bias of the layer that is adapted."
+    return self.base.bias
 
 # %% ../nbs/core/02_lora.ipynb #628c09dc
 def _block_number(name: str) -> int | None:
@@ -234,11 +258,14 @@ def row_adapters(
     "The model with row i of each batch under adapter which[i]. Raises ValueError for a layer that is no plain LoRA layer."
     modules = [model.get_submodule(name) for name in names]
     adds = [partial(_add_by_row, scale=_scale(module, adapter), A=A, B=B, which=which) for module, (A, B) in zip(modules, pairs)]
+    ours = [module for module in modules if isinstance(module, LoRALinear)]
     with adapters_off(model):
+        for module in ours: module.by_row = True
         hooks = [module.register_forward_hook(add) for module, add in zip(modules, adds)]
         try: yield model
         finally:
             for hook in hooks: hook.remove()
+            for module in ours: module.by_row = False
 
 # %% ../nbs/core/02_lora.ipynb #72b28fc1
 def _scale(module: nn.Module, adapter: str) -> float:

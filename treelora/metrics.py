@@ -29,10 +29,11 @@ def score_matrix(
     if np.isinf(S).any():
         raise ValueError("R holds an infinite score; scores must be finite, or NaN where not measured.")
     below, above = np.tril_indices(len(S), -1), np.triu_indices(len(S), 1)
-    if len(S) > 1 and np.isnan(S[below]).all() and not np.isnan(S[above]).any():
+    zeros = np.nan_to_num(S[below]) == 0  # how others leave out what was not measured
+    if len(S) > 1 and zeros.all() and np.nan_to_num(S[above]).any():
         raise ValueError(
             "R is filled above the diagonal instead of below: rows are time (after task j), columns "
-            "tasks; transpose it."
+            "tasks; transpose it, or put NaN above the diagonal, which is not used."
         )
     S[above] = np.nan
     return S
@@ -58,7 +59,9 @@ def op(
 def bwt(
     R: Matrix,  # (N, N) score matrix
 ) -> float:  # mean loss of score since each task was learned, lower is better
-    "Backward transfer (Sec. 2, note the sign); `ValueError` when the diagonal or the last row is not complete."
+    """Backward transfer (Sec. 2, note the sign): the sum over all N tasks divided by N, although
+    the last task cannot have lost anything; others divide by N - 1. Raises ValueError when the
+    diagonal or the last row is not complete."""
     S = score_matrix(R)
     advice = "BWT compares with it, so joint training, which learns all at once, has none."
     learned = _measured(np.diag(S), "The diagonal", advice)
@@ -76,7 +79,8 @@ def _lower_triangle(
 def forgetting(
     R: Matrix,  # (N, N) score matrix
 ) -> float:  # mean fall from each earlier task's best score, at least 0, lower is better; 0 for a single task
-    "Forgetting (Chaudhry et al., 2018); `ValueError` when a score on or below the diagonal is missing."
+    """Forgetting (Chaudhry et al., 2018): the sum over the N - 1 earlier tasks divided by N - 1,
+    where `bwt` divides by N. Raises ValueError when a score on or below the diagonal is missing."""
     S = score_matrix(R)
     _lower_triangle(S)
     return float((np.nanmax(S, axis=0) - S[-1])[:-1].mean()) if len(S) > 1 else 0.0

@@ -19,8 +19,9 @@ from .conductor import TreeLoRA
 from ..engine import arguments
 from ..engine.checks import check_model, merged
 from ..engine.device import bytes_of
+from ..engine.help import explain
 from ..engine.kept import as_saved
-from ..engine.options import VARIANTS
+from ..engine.options import VARIANTS, Options
 from ..engine.reference import reference_gradient, reference_point
 from ..engine.routing import grouped
 from ..engine.signals import loss_now
@@ -319,3 +320,6 @@ def __getstate__(self: TreeLoRA) -> dict:
     if self._now is None: return dict(vars(self))
     raise ValueError(f"Task {self._now.name!r} is open; copy or pickle a TreeLoRA outside of it, "
                      "or keep tl.state().")
+
+# %% ../../nbs/engine/23_afterwards.ipynb #0e01ad56
+explain(TreeLoRA.__init__, Options)

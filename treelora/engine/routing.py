@@ -13,7 +13,7 @@ from torch import nn
 
 from .arguments import rows, tasks_of, whole
 from .bank import Bank
-from .features import FeatureStats
+from .features import FeatureStats, finite
 from ..lora import adapters_off, row_adapters
 from ..patch import patch
 
@@ -182,7 +182,7 @@ class Router:
         beam: int = 16,  # beyond EXACT groups: nodes kept per level
     ) -> torch.Tensor:  # (n,) task indices, in the order of `bank.names`
         """Which task each input belongs to: the one with the nearest group.
-        Raises ValueError when a task has no features."""
+        Raises ValueError when a task has no features, or one is NaN or infinite."""
         W, groups = self._groups()
         rows(features, len(W)), whole("beam", beam, 1)
         return groups.route(features.detach().to("cpu", torch.float64) @ W.T, beam)

@@ -7,7 +7,8 @@ __all__ = ['FLOATS', 'WHERE', 'FIRST', 'NODE', 'TREE', 'RUNNING', 'SINCE', 'FIEL
            'is_whole', 'is_number', 'is_name', 'check_list', 'check_keys', 'is_finite', 'check_tensor', 'check_indices',
            'State', 'fits', 'check_config', 'check_layers', 'check_names', 'check_weight', 'check_slot', 'check_groups',
            'parents_of', 'check_nodes', 'check_shares', 'check_rows', 'check_cut', 'check_tree', 'check_entries',
-           'check_last', 'check_task', 'check_looks', 'check_counts', 'Field', 'check_state', 'check_running']
+           'check_start', 'check_starts', 'check_race', 'check_last', 'check_task', 'check_looks', 'check_counts',
+           'Field', 'check_state', 'check_running']
 
 # %% ../../nbs/engine/35_validate.ipynb #bdd14efa
 import math
@@ -19,7 +20,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 
 from .files import FORMAT, readable
-from .options import Options
+from .options import KINDS, Options
 from ..tree.node import SCORES
 
 # %% ../../nbs/engine/35_validate.ipynb #668c0b28
@@ -116,11 +117,12 @@ class State:
         return len(self.plain["layers"]), max(sizes)
 
 # %% ../../nbs/engine/35_validate.ipynb #ece9f8af
-WHERE = ("adapter", "cache", "bank_folder", "compile")  # settings that no file decides
+WHERE = ("adapter", "cache", "bank_folder", "compile", "frozen", "keep", "shared")  # settings that no file decides
 
 
 def fits(value, hint) -> bool:
     "Whether a value is of an annotated type; a whole number is a float as well."
+    if get_origin(hint) is tuple: hint = list  # as JSON has it
     kinds = [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
     if value is None: return type(None) in kinds
     if isinstance(value, bool): return bool in kinds
@@ -307,6 +309,37 @@ def check_entries(tree: dict, state: State) -> None:
     shared = set(zip(keys, state.plain["slot"]))
     need(len(shared) == state.n_slots == len(set(keys)), "shares other entries than the bank")
 
+# %% ../../nbs/engine/35_validate.ipynb #8bf0c280
+def check_start(start, names: list[str]) -> None:
+    "The recipe of a start, made of some tasks. Raises Wrong."
+    check_list(start, 3), check_list(start[1])
+    kind, tasks, share = start
+    need(kind in KINDS, f"has the kind {short(kind)}")
+    for task in tasks: need(task in names, f"has {short(task)}, which is no earlier task")
+    count = {"fresh": 0, "vector": 2}.get(kind, 1)
+    right = len(tasks) == count or kind == "node" and len(tasks) > 1
+    need(right and is_number(share), f"has the start {short(start)}")
+
+# %% ../../nbs/engine/35_validate.ipynb #f4d0bc9d
+def check_starts(starts, state: State) -> None:
+    "Where tasks started."
+    names = state.plain["names"]
+    need(isinstance(starts, dict), f"is {short(starts)}, but must be an object")
+    for task, start in starts.items():
+        need(task in names, f"has {short(task)}, which is no task")
+        check_start(start, names[:names.index(task)])
+
+
+def check_race(race, names: list[str]) -> None:
+    "Starts that were looked at. Raises Wrong."
+    if race is None: return
+    check_keys(race, ("looks", "chosen")), check_list(race["looks"])
+    for look in race["looks"]:
+        check_list(look, 2), check_start(look[0], names), check_list(look[1])
+        need(all(map(is_number, look[1])), f"has looked at {short(look)}")
+    right = race["chosen"] is None or is_whole(race["chosen"], 0, len(race["looks"]))
+    need(right, f"has chosen {short(race['chosen'])}")
+
 # %% ../../nbs/engine/35_validate.ipynb #25672908
 def check_last(last, state: State) -> None:
     "Name, rounds and picks of the task that was learned last."
@@ -318,16 +351,17 @@ def check_last(last, state: State) -> None:
 
 # %% ../../nbs/engine/35_validate.ipynb #b029b868
 RUNNING = ("name", "round", "rounds", "epoch", "count", "recent", "groups", "norms", "search")
-SINCE = ("looked", "held", "paired")  # of newer versions
+SINCE = ("looked", "held", "paired", "race")  # of newer versions
 
 
 def check_task(
     task,  # plain, from `task_state`
     tensors: dict[str, torch.Tensor],
-    n_tasks: int,  # that were learned before it
+    names: list[str],  # of the tasks that were learned before it
     block: tuple[int, int],  # (L, D)
 ) -> None:
     "A running task. Raises Wrong."
+    n_tasks = len(names)
     check_keys(task, RUNNING, SINCE)
     need(is_name(task["name"]), f"has the name {short(task['name'])}")
     for name in ("round", "count", *(n for n in ("looked", "held") if n in task)):
@@ -335,7 +369,7 @@ def check_task(
     for name in ("rounds", "epoch"):
         need(task[name] is None or is_whole(task[name]), f"has {name} = {short(task[name])}")
     need(isinstance(task["recent"], bool), f"has recent = {short(task['recent'])}")
-    check_looks(task, n_tasks), check_counts(task, tensors)
+    check_looks(task, n_tasks), check_counts(task, tensors), check_race(task.get("race"), names)
     for name in ("adapter", "before"): check_tensor(tensors, name, block)
     check_tensor(tensors, "total", block, finite=False)
     for name, dims in (("arms", (0, 1)), ("picks", (1, 2)), ("losses.arms", (1, 2))):
@@ -384,7 +418,7 @@ def _format(value, state: State) -> None:
 
 def _task(task, state: State) -> None:
     own = {name[5:]: x for name, x in state.tensors.items() if name.startswith("task.")}
-    check_task(task, own, state.n_tasks, state.block)
+    check_task(task, own, state.plain["names"], state.block)
 
 # %% ../../nbs/engine/35_validate.ipynb #1f79991b
 FIELDS: dict[str, Field] = {  # in the order in which they are looked at
@@ -399,9 +433,9 @@ FIELDS: dict[str, Field] = {  # in the order in which they are looked at
     "task": Field(_task, ("task.",), needed=False),
     "last": Field(check_last, ("last.",), needed=False),
     "kept": Field(_anything, ("kept",), needed=False),
-    "fingerprint": Field(_anything, needed=False),
-    "scales": Field(_anything, needed=False),
-    **{name: Field(_anything, needed=False) for name in ("tensors", "sha256", "digest")},
+    "starts": Field(check_starts, needed=False),
+    **{name: Field(_anything, needed=False)
+       for name in ("model", "tensors", "sha256", "digest")},
 }
 
 # %% ../../nbs/engine/35_validate.ipynb #441de251
@@ -444,7 +478,7 @@ def check_running(
     "Raise ValueError, in one sentence, for a running task that cannot be."
     own, state = {k: v for k, v in plain.items() if k not in IN_FILE}, State(bank, {})
     try:
-        with readable(what): check_task(own, tensors, state.n_tasks, state.block)
+        with readable(what): check_task(own, tensors, bank["names"], state.block)
     except Wrong as wrong:
         raise ValueError(f"{what} is damaged or was made by another program: it {wrong}. "
                          "Go on from an earlier checkpoint.") from None

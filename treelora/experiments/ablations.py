@@ -24,6 +24,7 @@ from ..metrics import task_seconds, training_seconds
 from .language import agreement, saved_kinship
 from ..paper.figures import load_results, look, new_figure, style
 from ..learner import run, where
+from ..learning.places import stream_folder
 from ..streams import get_stream
 from ..paper.tables import fits_data, noted, same_data, timed
 
@@ -69,8 +70,8 @@ def ablate(
     """Run what is missing and write it down, row by row: stopped anywhere, it goes on from there.
     Raises ValueError for an unknown name, and for rows of other data."""
     if unknown := set(names or ()) - set(ABLATIONS): raise ValueError(f"Unknown ablation {sorted(unknown)[0]!r}; known are {', '.join(ABLATIONS)}.")
-    path = Path(results) / stream / "ablations.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    path = stream_folder(results, stream) / "ablations.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(r["ablation"], r["label"], r["method"], r["seed"]) for r in rows}
     plan = [(s, name, change) for s in seeds for name in names or ABLATIONS for change in ABLATIONS[name]]
     missing = [(s, name, x) for s, name, x in plan if (name, x.label, x.method, s) not in done]
@@ -104,8 +105,8 @@ def load_ablation(
 ) -> dict[tuple[str, str], list[dict]]:  # (label, method) -> one row a seed
     "The rows of an ablation. Raises FileNotFoundError when it was not run."
     same_data(results, stream)
-    path = Path(results) / stream / "ablations.json"
-    rows = [r for r in json.loads(path.read_text())["rows"] if r["ablation"] == name] if path.exists() else []
+    path = stream_folder(results, stream) / "ablations.json"
+    rows = [r for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if r["ablation"] == name] if path.exists() else []
     if not rows: raise FileNotFoundError(f"There is no ablation {name!r} of {stream} in {results}; make it with treelora.experiments.ablations.ablate([{name!r}], {stream!r}).")
     found: dict = {}
     for r in rows: found.setdefault((r["label"], r["method"]), []).append(r)

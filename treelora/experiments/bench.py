@@ -203,7 +203,7 @@ def run_scale(
     "Measure and draw the curve (`treelora bench scale`)."
     found, path = bench_scale(*(((8, 32), 4, 256) if quick else ())), Path(out) / "scale.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found | where(torch.device("cpu")), indent=1) + "\n")
+    path.write_text(json.dumps(found | where(torch.device("cpu")), indent=1) + "\n", encoding="utf-8")
     return [path, *save_scale(path, figures)]
 
 
@@ -213,7 +213,7 @@ def save_scale(
 ) -> list[Path]:  # an .svg and a .png; the same for the same results
     "Draw the curve that was measured."
     from treelora.paper.figures import save_figure  # here: measuring needs no plotting library
-    return save_figure(draw_scale(json.loads(Path(path).read_text())).figure, "scale", figures)
+    return save_figure(draw_scale(json.loads(Path(path).read_text(encoding="utf-8"))).figure, "scale", figures)
 
 # %% ../../nbs/experiments/07_bench.ipynb #d2108a90
 def _clock(device: torch.device) -> float:
@@ -310,7 +310,7 @@ class Report:
         "Write the numbers as JSON."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
@@ -318,7 +318,7 @@ class Report:
         form."""
         path, how = Path(path), "measure it with `treelora bench --out results/bench/bench.json`"
         if not path.is_file(): raise FileNotFoundError(f"There is no {path.name} yet; {how}.")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if set(found) != set(cls.__dataclass_fields__): raise ValueError(f"{path.name} was written by another version; {how} again.")
         return cls(**found)
 

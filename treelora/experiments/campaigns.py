@@ -117,7 +117,7 @@ def _trial(campaign: Campaign, grid: Grid, settings: dict, seed: int, method: st
 # %% ../../nbs/experiments/10_campaigns.ipynb #6f185b9a
 def _take(job: Job, path: Path) -> None:
     "Write the result of a trial into the tuning file, and remove it."
-    saved = json.loads(job.path.read_text())
+    saved = json.loads(job.path.read_text(encoding="utf-8"))
     row = {"settings": job.trial, "seed": job.planned.seed, "op": saved["scores"]["op"],
            "bwt": saved["scores"].get("bwt"), "seconds": saved["seconds"]["total"],
            "data": saved["sha256"]["data"], "commit": saved["commit"],
@@ -279,7 +279,7 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     code = "import sys; from treelora.experiments.campaigns import work; work(sys.argv[1])"
     device = {"ACCELERATE_USE_CPU": "true"} if campaign.device == "cpu" else {}
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen([sys.executable, "-c", code, _told(job, campaign)],
                                 stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
@@ -325,7 +325,7 @@ def _check_device(campaign: Campaign) -> None:
 
 def _known(progress: Path) -> dict[str, list[float]]:
     "Seconds of runs that have ended earlier, on this device."
-    found = json.loads(progress.read_text()) if progress.exists() else {}
+    found = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else {}
     here = where(torch.device("cpu"))["device"]
     return found.get("seconds", {}) if found.get("device") == here else {}
 
@@ -397,7 +397,7 @@ def _beside(self: Driver) -> bool:  # whether anything is left to do
 def _last_words(self: Driver, job: Job) -> str:
     "What a job's log ends with."
     log = work_folder(self.campaign) / "logs" / f"{job.name}.txt"
-    lines = log.read_text(errors="replace").strip().splitlines() or ["it was killed"]
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it was killed"]
     return f"{lines[-1]} ({log})"
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #894ad3fe

@@ -140,7 +140,7 @@ def fast_precision() -> str:
         raise ValueError(f"TREELORA_PRECISION={wish!r} is no precision; known are no, bf16 and fp16.")
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "no"
     info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
+    flags = info.read_text(encoding="utf-8") if info.exists() else ""
     return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "no"
 
 # %% ../../nbs/experiments/02_language.ipynb #0387adc0

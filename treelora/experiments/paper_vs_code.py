@@ -73,7 +73,7 @@ def switch_scores(
     settings) counts as well."""
     same_data(results, STREAM, SCALE)
     paths = {s: result_path(results, STREAM, SCALE, base, s) if point is None else switch_path(results, base, point, s) for s in seeds}
-    found = {s: json.loads(p.read_text())["scores"] for s, p in paths.items() if p.exists()}
+    found = {s: json.loads(p.read_text(encoding="utf-8"))["scores"] for s, p in paths.items() if p.exists()}
     return {s: (100 * x["op"], 100 * x["bwt"]) for s, x in (_as_ablation(results, base, point) | found).items() if s in seeds}
 ABLATED = {"signature": ("signature", "weight"), "split": ("split", "dot-diff"), "search and bound": ("search", "softmax")}  # point -> name and row of an ablation
 
@@ -82,7 +82,7 @@ def _as_ablation(results: str | Path, base: str, point: str | None) -> dict[int,
     "The same runs among the ablations, which are of the form with decomposition."
     path = Path(results) / STREAM / "ablations.json"
     if base != "treelora" or point not in ABLATED or not path.exists(): return {}
-    return {r["seed"]: r for r in json.loads(path.read_text())["rows"] if (r["ablation"], r["label"], r["method"]) == (*ABLATED[point], base)}
+    return {r["seed"]: r for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if (r["ablation"], r["label"], r["method"]) == (*ABLATED[point], base)}
 
 # %% ../../nbs/experiments/06_paper_vs_code.ipynb #13da82bd
 def switch_table(

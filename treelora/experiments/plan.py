@@ -23,6 +23,7 @@ except ImportError: import tomli as tomllib  # Python 3.10
 # %% ../../nbs/experiments/09_plan.ipynb #6936867b
 from .language import fast_precision, watched
 from .tuning import Grid, tuned
+from ..learning.places import stream_folder
 from ..learner import check_settings, settings
 from ..methods import get_method
 from ..streams import get_stream
@@ -73,7 +74,7 @@ def result_file(
     results: str | Path,
 ) -> Path:
     "Where a run's result is kept."
-    folder = Path(results) / planned.stream / planned.folder
+    folder = stream_folder(results, planned.stream) / planned.folder
     return folder / f"{planned.method}-seed{planned.seed}.json"
 
 # %% ../../nbs/experiments/09_plan.ipynb #15be4017
@@ -283,7 +284,7 @@ def data_hash(stream: str, scale: str, seed: int, root: str | None) -> str:
 def fresh(path: Path, campaign: Campaign) -> bool:
     "Whether a result is there, and not older than the campaign admits."
     if campaign.since is None: return path.exists()
-    return path.exists() and recent(json.loads(path.read_text())["date"], campaign)
+    return path.exists() and recent(json.loads(path.read_text(encoding="utf-8"))["date"], campaign)
 
 
 def recent(made: str | None, campaign: Campaign) -> bool:
@@ -303,7 +304,7 @@ def is_done(
     if not fresh(path, campaign): return False
     given, options = arguments(planned, tuned)
     data = data_hash(planned.stream, planned.scale, planned.seed, campaign.root)
-    if other := differs(json.loads(path.read_text()), given, options, data):
+    if other := differs(json.loads(path.read_text(encoding="utf-8")), given, options, data):
         raise ValueError(f"{path} is there, but differs in {', '.join(other)}; give these "
                          "runs a folder of their own, or move the file away.")
     return True

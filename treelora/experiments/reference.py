@@ -32,7 +32,8 @@ LAYERS = {"last five": 5, "last third": 20, "all": 60}  # of the 60 adapted ones
 # %% ../../nbs/experiments/11_reference.ipynb #759a909f
 def saved(results: str | Path, name: str) -> dict:
     "One measurement. Raises FileNotFoundError where it is missing."
-    return json.loads((Path(results) / "reference" / f"{name}.json").read_text())
+    path = Path(results) / "reference" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def reached(found: dict, choice: dict) -> dict:
@@ -166,7 +167,7 @@ def measure(
               "seconds": round(time.perf_counter() - begun, 1),
               "where": where(at.point.device)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(found) + "\n")
+    Path(path).write_text(json.dumps(found) + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/experiments/11_reference.ipynb #dbe86531

@@ -23,6 +23,7 @@ from ..metrics import time_ratio, training_seconds
 from .language import fast_precision
 from ..paper.figures import look, new_figure, style
 from ..learner import compile_blocks, run, where
+from ..learning.places import stream_folder
 from ..streams import get_stream
 from ..paper.statistics import spread
 from ..paper.tables import fits_data, noted, same_data, timed
@@ -57,9 +58,9 @@ def measure_time(
 ) -> Path:  # the file
     """Run the plan, seeds outermost, in one process, so that all times are of the same machine;
     what is in the file already is kept. Raises ValueError when it is of other data."""
-    path, kind = Path(results) / stream / "time.json", get_stream(stream, "quick", root=settings.get("root")).kind
+    path, kind = stream_folder(results, stream) / "time.json", get_stream(stream, "quick", root=settings.get("root")).kind
     if kind == "language": settings = {"precision": fast_precision()} | settings
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(r["method"], tuple(r["savings"]), r["seed"]) for r in rows}
     planned = {(method, tuple(savings), seed) for seed in seeds for method, savings in plan or PLANS[kind]}
     data = lambda seed: get_stream(stream, "quick", seed, settings.get("root")).sha256
@@ -119,10 +120,10 @@ def load_times(
     stream: str = "split-digits",
 ) -> dict:
     "What `measure_time` has written. Raises FileNotFoundError when there is nothing."
-    path = Path(results) / stream / "time.json"
+    path = stream_folder(results, stream) / "time.json"
     if not path.exists(): raise FileNotFoundError(f"There are no training times of {stream} in {results}; make them with `treelora bench time --stream {stream}`.")
     same_data(results, stream)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/experiments/05_training_time.ipynb #57e89052
 def time_table(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 # %% ../../nbs/experiments/08_tuning.ipynb #a69508be
 from ..engine.files import replace_file
+from ..learning.places import stream_folder
 
 # %% ../../nbs/experiments/08_tuning.ipynb #eab34778
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def tuning_file(
     folder: str,  # "quick", or another budget such as "quick/half"
 ) -> Path:
     "Where the tuning of a stream and budget is kept."
-    return Path(results) / stream / folder / "tuning.json"
+    return stream_folder(results, stream) / folder / "tuning.json"
 
 # %% ../../nbs/experiments/08_tuning.ipynb #6932d0fd
 def read_tuning(

@@ -68,10 +68,11 @@ def sample_features(
     per_class: int,  # how many of each
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (classes * per_class, F) features and their labels
-    "Draw features from the classes' Gaussians."
+    "Draw features from the classes' Gaussians; a class without scatter gives its mean again."
     g = torch.Generator().manual_seed(seed)
     n, cov = sum(stats.counts.values()) - len(stats.counts), stats.scatter
-    cov = cov / max(n, 1) + 1e-6 * torch.eye(len(cov), dtype=cov.dtype) * cov.diagonal().mean()
+    cov = cov / max(n, 1)
+    cov = cov + 1e-6 * torch.eye(len(cov), dtype=cov.dtype) * cov.diagonal().mean().clamp(min=1e-12)
     means = torch.stack(list(stats.means.values())).repeat_interleave(per_class, 0)
     noise = torch.randn(means.shape, generator=g, dtype=means.dtype) @ torch.linalg.cholesky(cov).T
     return (means + noise).float(), torch.tensor(list(stats.means)).repeat_interleave(per_class)

@@ -146,14 +146,16 @@ def get_model(
 
 # %% ../../nbs/learning/06_models.ipynb #3bc637c3
 def model_for(
-    image_size: int,  # side of the images in pixels
+    image_size: int | tuple[int, int],  # side of the images in pixels, or height and width
     in_chans: int,  # 1 for grey, 3 for colour
 ) -> str:  # name for `get_model`
     "The model that takes a stream's images; `ValueError` if none does."
     for name, size in MODELS.items():
         if (size["img_size"], size["in_chans"]) == (image_size, in_chans): return name
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     known = [f"{size['in_chans']} x {size['img_size']} x {size['img_size']}" for size in MODELS.values()]
-    raise ValueError(f"No model takes {in_chans} x {image_size} x {image_size} images; the known models take {known}.")
+    raise ValueError(f"No model takes {in_chans} x {height} x {width} images; the known "
+                     f"models take {known}.")
 
 # %% ../../nbs/learning/06_models.ipynb #321460eb
 def check_images(

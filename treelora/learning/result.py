@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'Stopwatch', 'where', 'one_thread', 'Result']
 
 # %% ../../nbs/learning/10_result.ipynb #c4d6a952
-import json, math, platform, resource, subprocess, sys, time
+import json, math, platform, re, resource, subprocess, sys, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -47,7 +47,8 @@ def _device_name(device: torch.device) -> str:
     "The device in words: wall times mean nothing without it."
     if device.type == "cuda": return f"cuda ({torch.cuda.get_device_name(device)})"
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    lines = text.splitlines()
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.processor() or platform.machine()
     return f"{device.type} ({model}, {torch.get_num_threads()} threads)"
@@ -59,14 +60,23 @@ def _version(package: str) -> str | None:
     except PackageNotFoundError: return None
 
 
+def _is_ours(root: Path) -> bool:
+    "Whether a folder is the source tree of this project, by its settings."
+    try: text = (root / "settings.ini").read_text(encoding="utf-8")
+    except OSError: return False
+    return re.search(r"^lib_name *= *treelora$", text, re.M) is not None
+
+
 def _commit() -> str | None:
-    "The commit of the source tree, with a + when it has changes; None outside a checkout."
+    """The commit of the source tree, with a + when it has changes; None outside a checkout of
+    this project, such as where it is installed into somebody else's."""
+    root = Path(metrics.__file__).resolve().parent.parent
+    if not _is_ours(root): return None
     def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(metrics.__file__).parent,
-                              capture_output=True, text=True)
-    try: head = git("rev-parse", "HEAD")
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
+    try: top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
     except OSError: return None
-    if head.returncode: return None
+    if head.returncode or Path(top.stdout.strip()).resolve() != root: return None
     changed = git("status", "--porcelain", "--", "*.py").stdout.strip()
     return head.stdout.strip() + ("+" if changed else "")
 

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..engine.features import FeatureStats
+from ..engine.features import FeatureStats, finite
 from ..learning.decompose import fit_head, masked_cross_entropy
 from ..learning.models import features
 from ..learning.language import IGNORED, answer_nll, generate, prompt_features
@@ -157,8 +157,8 @@ class ClassCentres:
         features: torch.Tensor,  # (n, F), all of a class
         label: int,
     ) -> None:
-        "Replace what is known of a class."
-        x = features.detach().float().cpu()
+        "Replace what is known of a class. Raises ValueError for NaN or infinite features."
+        x = finite(features).float()
         if self.statistics == "covariance":
             parts, spread = [x], lambda part: torch.cov(part.T, correction=0)
         else:

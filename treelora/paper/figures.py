@@ -550,7 +550,7 @@ def save_all(
         try: paths += save_figure(figure(n, results, *place), f"figure{n}{suffix}", out)
         except FileNotFoundError as error: warnings.warn(f"Figure {n} of {place[0]} is left out: {error}")
         else: captions.append(f"Figure {n}. {caption(n, results, *place)}")
-    (Path(out) / f"captions{suffix}.md").write_text("\n\n".join(captions) + "\n")
+    (Path(out) / f"captions{suffix}.md").write_text("\n\n".join(captions) + "\n", encoding="utf-8")
     return paths
 
 # %% ../../nbs/paper/03_figures.ipynb #1201f332

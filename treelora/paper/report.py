@@ -451,7 +451,7 @@ def run_counts(
     rows = [{"what": "bytes", "tasks": n} | row for n, row in _count_bytes(tasks).items()] + _count_operations()
     path = Path(results) / "theory" / "counts.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows} | where(torch.device("cpu")), indent=1) + "\n")
+    path.write_text(json.dumps({"rows": rows} | where(torch.device("cpu")), indent=1) + "\n", encoding="utf-8")
     return path
 
 # %% ../../nbs/paper/06_report.ipynb #da4f9df3

@@ -148,5 +148,5 @@ def run_cost(results: str | Path = "results", sizes: tuple = (8, 64, 512, 4096))
     rows = [search_cost(name, n) for n in sizes for name in TIMED_SEARCHES]
     path = Path(results) / "theory" / "cost.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": {"layers": 64, "threads": 1}, "rows": rows} | where(torch.device("cpu"))) + "\n")
+    path.write_text(json.dumps({"config": {"layers": 64, "threads": 1}, "rows": rows} | where(torch.device("cpu"))) + "\n", encoding="utf-8")
     return path

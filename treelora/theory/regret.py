@@ -69,7 +69,7 @@ def save(
     "Write results/theory/NAME.json: what was run, what came out, where."
     path = Path(results) / "theory" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": config, "rows": rows} | where(torch.device("cpu"))) + "\n")
+    path.write_text(json.dumps({"config": config, "rows": rows} | where(torch.device("cpu"))) + "\n", encoding="utf-8")
     return path
 
 # %% ../../nbs/theory/02_regret.ipynb #th31012
