@@ -37,7 +37,9 @@ class Options:
     # where a task starts, and who answers
     init: str = "last"  # where a task starts: "last" adapter, "fresh" weights or its "branch"
     inference: str = "latest"  # which adapter predicts: the "latest", or "routed" by features
-    search_rounds: int | float | None = None  # with init="branch": looks for it, at most; a float: for each earlier task; None: two for each, 64 in all
+    # with init="branch": looks for it, at most; a float: for each earlier task; None: two for
+    # each, 64 in all
+    search_rounds: int | float | None = None
     starts: tuple[str, ...] = ("leaf",)  # with init="branch": what the search may choose, some of KINDS
     # the parts in detail
     split: str = "axis"  # rule of the tree's cuts
@@ -59,8 +61,7 @@ class Options:
         if self.reference and self.signature != "reference": raise ValueError(f'reference={self.reference} belongs to signature="reference", not to {self.signature!r}.')
         if self.lam < 0: raise ValueError(f"lam={self.lam} must not be negative.")
         if self.cache is not None and (self.cache < 0 or self.cache != int(self.cache)): raise ValueError(f"cache={self.cache} must be a whole number of adapters, 0 for none.")
-        self._check_starts()
-        if isinstance(self.search_rounds, float) and not self.search_rounds > 0: raise ValueError(f"search_rounds={self.search_rounds} looks for each earlier task must be more than none.")
+        self._check_starts(), self.looks(1)
         check_search(self.search), get_signature(self.signature), as_reference(self.reference)
         for what, known in (("signal", SIGNALS), ("penalty", PENALTIES), ("init", INITS), ("inference", INFERENCES), ("root", ROOTS)): one_of(what, getattr(self, what), known)
 
@@ -86,13 +87,16 @@ def races(self: Options) -> bool:
     "Whether starts of other kinds than one earlier task take part."
     return self.starts != ("leaf",)
 
-# %% ../../nbs/engine/22_options.ipynb #85b3ee64
+# %% ../../nbs/engine/22_options.ipynb #0fc6e36c
 @patch
 def looks(self: Options, n: int) -> int:
-    "How many looks at n earlier tasks the search for a branch may take."
+    """How many looks at n earlier tasks the search for a branch may take. Raises ValueError
+    for a share that is not positive."""
     if self.search_rounds is None: return min(2 * n, 64)
-    each = isinstance(self.search_rounds, float)
-    return math.ceil(self.search_rounds * n) if each else self.search_rounds
+    if not isinstance(self.search_rounds, float): return self.search_rounds
+    if self.search_rounds > 0: return math.ceil(self.search_rounds * n)
+    raise ValueError(f"search_rounds={self.search_rounds} looks for each earlier task must be "
+                     "more than none.")
 
 # %% ../../nbs/engine/22_options.ipynb #efe2da2a
 def one_of(what: str, value: str, known) -> str:

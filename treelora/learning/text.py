@@ -278,11 +278,14 @@ FAMILIES = {
     "lb": ("Germanic", "West Germanic"), "fy": ("Germanic", "West Germanic"), "nn": ("Germanic", "North Germanic"), "fo": ("Germanic", "North Germanic"),
     "hsb": ("Slavic", "West Slavic"), "be": ("Slavic", "East Slavic"), "mk": ("Slavic", "South Slavic"), "sr": ("Slavic", "South Slavic"),
     "tr": ("Turkic", "Oghuz"), "az": ("Turkic", "Oghuz"), "tk": ("Turkic", "Oghuz"), "uz": ("Turkic", "Karluk"),
-    "oc": ("Romance", "Gallo-Romance"), "bs": ("Slavic", "South Slavic"), "sl": ("Slavic", "South Slavic"),
+    "oc": ("Romance", "Gallo-Romance"),
+    "bs": ("Slavic", "South Slavic"), "sl": ("Slavic", "South Slavic"),
     "szl": ("Slavic", "West Slavic"), "dsb": ("Slavic", "West Slavic"), "smn": ("Uralic", "Sami"),
-    "cy": ("Celtic", "Brythonic"), "br": ("Celtic", "Brythonic"), "ga": ("Celtic", "Goidelic"), "gd": ("Celtic", "Goidelic"),
+    "cy": ("Celtic", "Brythonic"), "br": ("Celtic", "Brythonic"),
+    "ga": ("Celtic", "Goidelic"), "gd": ("Celtic", "Goidelic"),
     "sw": ("Bantu", "Sabaki"), "zu": ("Bantu", "Nguni"), "xh": ("Bantu", "Nguni"), "ln": ("Bantu", "Bangi"),
-    "id": ("Austronesian", "Malayic"), "jv": ("Austronesian", "Javanese"), "mi": ("Austronesian", "Polynesian"), "to": ("Austronesian", "Polynesian"),
+    "id": ("Austronesian", "Malayic"), "jv": ("Austronesian", "Javanese"),
+    "mi": ("Austronesian", "Polynesian"), "to": ("Austronesian", "Polynesian"),
 }  # language -> branch, group
 
 # %% ../../nbs/learning/03_text.ipynb #83bd8eb6
@@ -482,7 +485,8 @@ def _cldr_of(blind: bool) -> Callable[..., TextStream]:
 
 def _many_of(name: str) -> Callable[..., TextStream]:
     "The builder of a stream of many languages."
-    def build(scale: str, seed: int, root: Path | None) -> TextStream: return many_languages(name, seed)
+    def build(scale: str, seed: int, root: Path | None) -> TextStream:
+        return many_languages(name, seed)
     return build
 
 
