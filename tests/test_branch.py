@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from test_algorithm import data, learn
 from test_learner import tiny_stream, tiny_vit
 from treelora.algorithm import VARIANTS, TreeLoRA
+from treelora.engine.options import Options
 from treelora.engine.task import PairedLooks
 from treelora.learner import Learner
 from treelora.methods import get_method
@@ -81,10 +82,10 @@ def test_a_task_that_only_searched_says_so_and_is_its_branch(tmp_path, make_net,
     assert tl.last.trained and tl.last.held == 10
 
 
-def looked(make_net, seed, n=8, gap=0.1, c=0.05):
+def looked(make_net, seed, n=8, gap=0.1, c=0.05, **changes):
     "A search over n tasks of which one is the best by `gap`, on batches that differ by ten times as much."
     g = torch.Generator().manual_seed(seed)
-    tl = TreeLoRA.variant("branch", make_net(), search_options={"c": c})
+    tl = TreeLoRA.variant("branch", make_net(), **{"search_options": {"c": c}, "seed": seed} | changes)
     rank = torch.randperm(n, generator=g).float()
     arms = gap * (1 + (rank > 0) + 0.05 * rank)
     for k in range(n):
@@ -227,3 +228,31 @@ def test_another_penalty_has_its_own_unit(penalty):
     options = short_tasks("treelora", tasks=2, penalty=penalty)[0].options
     assert (options["lam"], options["relative"]) == (0.1, False)
     assert short_tasks("treelora", tasks=2, penalty=penalty, lam=0.3)[0].options["lam"] == 0.3
+
+
+@pytest.mark.parametrize("each", [2, 3])
+def test_a_sweep_looks_at_all_alike(make_net, each):
+    tl, loss, best = looked(make_net, 0, n=5, search="sweep", search_options=None, search_rounds=float(each))
+    with pytest.raises(KeyboardInterrupt), tl.task("new"):
+        while tl.look(loss): pass
+        found = tl.found
+        raise KeyboardInterrupt
+    assert list(found["rounds"].values()) == 5 * [each] and found["branch"] == best
+
+
+def test_a_single_look_takes_whom_the_search_wants(make_net):
+    "A random start is random: no other task is looked at for comparison."
+    branches = set()
+    for seed in range(8):
+        tl, loss, _ = looked(make_net, seed, n=5, search="random", search_options=None, search_rounds=1)
+        with pytest.raises(KeyboardInterrupt), tl.task("new"):
+            while tl.look(loss): pass
+            assert sum(tl.found["rounds"].values()) == 1
+            branches.add(tl.found["branch"])
+            raise KeyboardInterrupt
+    assert len(branches) > 1
+
+
+@pytest.mark.parametrize("rounds, n, looks", [(None, 3, 6), (None, 50, 64), (7, 50, 7), (0.5, 1, 1), (0.5, 48, 24), (2.0, 48, 96)])
+def test_looks_for_each_task_grow_with_them(rounds, n, looks):
+    assert Options(search_rounds=rounds).looks(n) == looks

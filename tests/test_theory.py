@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from test_learner import tiny_stream, tiny_vit
 from treelora.bandit import get_search
 from treelora.theory.smooth_tree import NOISES, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, needle, play, pulls_bound, regret_bound, smoothness_slack
+from treelora.learner import run
 from treelora.theory.complexity import stored_numbers
-from treelora.theory.regret import bank_environment, bound_of, game, measured_terms, save
+from treelora.theory.regret import Recorder, bank_environment, bound_of, game, measured_terms, save
 from treelora.tree import TaskTree
 
 
@@ -221,3 +223,15 @@ def test_results_are_written_with_their_conditions(tmp_path):
 def test_stored_numbers_grow_as_said():
     assert stored_numbers("LoRA", 50) == stored_numbers("LoRA", 1)
     for method in ("OGD", "O-LoRA", "TreeLoRA"): assert stored_numbers(method, 50) == 50 * stored_numbers(method, 1)
+
+
+def test_a_run_writes_down_the_loss_of_every_arm():
+    "In each step of the last task, under both signals; the environment of the saved bank is made of them."
+    made = run(tiny_stream(classes=6), Recorder, model=tiny_vit(6), epochs=1, batch_size=8, lr=0.01, progress=False)
+    steps, layers = made.seconds_by_phase["steps"][-1], 5  # one for each block
+    for losses in made.extra["losses"].values():
+        assert torch.tensor(losses).shape == (steps, layers, 2) and torch.tensor(losses).amax((0, 1)).gt(0).all()
+    assert made.extra["names"] == made.tasks[:2]
+    stored = torch.tensor(made.extra["losses"]["stored"])
+    rows = {"names": made.extra["names"], "groups": made.extra["groups"], "losses": (stored / stored.amax((0, 2), keepdim=True)).tolist()}
+    assert bank_environment(rows)[1].losses.shape == (steps, layers, 2)

@@ -659,7 +659,7 @@ register_stream("split-fashion-mnist", ["quick", "small"], _fashion)
 register_stream("split-tiny-imagenet", ["small"], _tiny)
 
 # %% ../nbs/learning/02_streams.ipynb #73dc1d53
-TEXTS = ("cldr", "cldr-blind", "trace", "math-llm", "long-15",
+TEXTS = ("cldr", "cldr-blind", "cldr-24", "cldr-48", "trace", "math-llm", "long-15",
          *(f"cl-benchmark-{i}" for i in range(1, 7)))
 # name -> the module that registers it
 ELSEWHERE = dict.fromkeys(TEXTS, "treelora.learning.text") | {"images": "treelora.learning.images"}

@@ -129,10 +129,8 @@ def found(self: TreeLoRA) -> dict | None:
 @patch
 def _race(self: TreeLoRA) -> Race:
     "A race of starts of several kinds."
-    most = self.options.search_rounds
-    if most is None: most = min(2 * len(self.bank), 64)
     self.starts_of.forget(self.tree)
-    return Race(self.starts, self.tree, self.bank.starts, most)
+    return Race(self.starts, self.tree, self.bank.starts, self.options.looks(len(self.bank)))
 
 # %% ../../nbs/engine/23_afterwards.ipynb #28c6cf34
 @patch

@@ -140,9 +140,7 @@ def _begin(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> 
     race = self._race() if n and o.races else None
     search = None
     if n and race is None: search = get_search(self.search, self.tree, width, o.seed + n, **(o.search_options or {}))
-    wanted = min(2 * n, 64) if o.search_rounds is None else o.search_rounds
-    late = self.live.device.type == "cuda"
-    looks = wanted if self.init == "branch" else 0
+    late, looks = self.live.device.type == "cuda", o.looks(n) if self.init == "branch" else 0
     now = TaskInProgress(name, signature, search, rounds, epoch, looks, Mail(late), Mail(late), race=race)
     if race is not None and not now.searching: self._settle(now)  # there was nothing to choose
     return now

@@ -6,7 +6,7 @@
 __all__ = ['INITS', 'INFERENCES', 'ROOTS', 'KINDS', 'VARIANTS', 'Options', 'one_of', 'check_options']
 
 # %% ../../nbs/engine/22_options.ipynb #7d128505
-import inspect
+import inspect, math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
@@ -41,7 +41,9 @@ class Options:
     # where a task starts, and who answers
     init: str = "last"  # where a task starts: "last" adapter, "fresh" weights or its "branch"
     inference: str = "latest"  # which adapter predicts: the "latest", or "routed" by features
-    search_rounds: int | None = None  # with init="branch": looks for it, at most; None: two per task, 64 at most
+    # with init="branch": looks for it, at most; a float: for each earlier task; None: two for
+    # each, 64 in all
+    search_rounds: int | float | None = None
     starts: tuple[str, ...] = ("leaf",)  # with init="branch": what the search may choose, some of KINDS
     # the parts in detail
     split: str = "axis"  # rule of the tree's cuts
@@ -66,7 +68,7 @@ class Options:
         if self.reference and self.signature != "reference": raise ValueError(f'reference={self.reference} belongs to signature="reference", not to {self.signature!r}.')
         self._check_starts()
         self.check_names()
-        self.check_numbers()
+        self.check_numbers(), self.looks(1)
         one_of("keep", self.keep, KEEPS)
 
 # %% ../../nbs/engine/22_options.ipynb #87d824c2
@@ -90,6 +92,17 @@ def _check_starts(self: Options) -> None:
 def races(self: Options) -> bool:
     "Whether starts of other kinds than one earlier task take part."
     return self.starts != ("leaf",)
+
+# %% ../../nbs/engine/22_options.ipynb #0fc6e36c
+@patch
+def looks(self: Options, n: int) -> int:
+    """How many looks at n earlier tasks the search for a branch may take. Raises ValueError
+    for a share that is not positive."""
+    if self.search_rounds is None: return min(2 * n, 64)
+    if not isinstance(self.search_rounds, float): return self.search_rounds
+    if 0 < self.search_rounds < math.inf: return math.ceil(self.search_rounds * n)
+    raise ValueError(f"search_rounds={self.search_rounds} looks for each earlier task must be "
+                     "more than none.")
 
 # %% ../../nbs/engine/22_options.ipynb #efe2da2a
 def one_of(what: str, value: str, known) -> str:
@@ -132,8 +145,9 @@ def check_numbers(self: Options) -> None:
     "Raise ValueError for a number or a switch that cannot be."
     number("lam", self.lam)
     whole("seed", self.seed)
-    for what, least in (("depth", 1), ("budget", 1), ("search_rounds", 0)):
-        whole(what, getattr(self, what), least, optional=True)
+    for what in ("depth", "budget"): whole(what, getattr(self, what), 1, optional=True)
+    if not isinstance(self.search_rounds, float):
+        whole("search_rounds", self.search_rounds, 0, optional=True)
     for what in ("ramp", "relative", "compile"): switch(what, getattr(self, what))
     if (share := self.top_fraction) is not None:
         number("top_fraction", share)

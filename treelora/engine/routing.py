@@ -13,7 +13,7 @@ from torch import nn
 
 from .arguments import rows, tasks_of, whole
 from .bank import Bank
-from .features import FeatureStats, finite
+from .features import FeatureStats
 from ..lora import adapters_off, row_adapters
 from ..patch import patch
 

@@ -175,8 +175,11 @@ def turn(self: TaskInProgress) -> None:
 # %% ../../nbs/engine/16_task.ipynb #bb74bef0
 @patch
 def next_look(self: TaskInProgress) -> tuple[int, int]:  # arm, batch
-    "Which earlier task to look at, and on which batch."
-    return self.paired.turn(int(self.search.choose(self.looked + 1)))
+    "Which earlier task to look at, and on which batch; a sweep takes all in turn."
+    if self.search.wants_all: arm = self.looked % self.search.n_arms
+    else: arm = int(self.search.choose(self.looked + 1))
+    if self.search_rounds == 1: self.paired.reference = arm  # one look compares nobody
+    return self.paired.turn(arm)
 
 
 @patch

@@ -16,7 +16,7 @@ import torch
 
 from ..engine.signals import SIGNALS
 from ..learner import run, where
-from ..methods.treelora import TreeLoRAPaper
+from ..methods.treelora import TreeLoRAAbsolute
 from .smooth_tree import (Played, Replay, SmoothTree, bound_terms, chain, first_depth, lopsided, needle, play, pulls_bound,
                                          regret_bound, spreads)
 
@@ -253,7 +253,7 @@ def run_short(results: str | Path = "results", n_seeds: int = 20, T: int = 2000)
     return save(results, "short", {"T": T, "seeds": n_seeds}, rows)
 
 # %% ../../nbs/theory/02_regret.ipynb #th31061
-class Recorder(TreeLoRAPaper):
+class Recorder(TreeLoRAAbsolute):
     """TreeLoRA that also writes down, in each round of the last task, the loss of every arm, stored
     and fresh."""
     name = "treelora-recorded"
@@ -262,19 +262,21 @@ class Recorder(TreeLoRAPaper):
         super().__init__(*args, **changes)
         self.n_tasks, self.recorded = len(args[1]), {"stored": [], "fresh": []}
 
-    def after_backward(self, images, labels, loss):
-        if len(self.tl.bank) == self.n_tasks - 1: self._write_down(images, labels)
-        super().after_backward(images, labels, loss)
+    def after_backward(self, batch, loss):
+        if len(self.tl.bank) == self.n_tasks - 1: self._write_down(batch)
+        super().after_backward(batch, loss)
 
-    def _write_down(self, images, labels) -> None:
+    def _write_down(self, batch) -> None:
         "Both losses of all arms, (L, N) each."
         now, grads = self.tl._open(), self.tl._grads()
-        for signal, rows in self.recorded.items(): rows.append(torch.stack([self._loss_of(signal, k, now, grads, images, labels) for k in range(len(self.tl.bank))], 1))
+        for signal, rows in self.recorded.items():
+            losses = [self._loss_of(signal, k, now, grads, batch) for k in range(len(self.tl.bank))]
+            rows.append(torch.stack(losses, 1))
 
-    def _loss_of(self, signal: str, k: int, now, grads, images, labels) -> torch.Tensor:  # (L,)
+    def _loss_of(self, signal: str, k: int, now, grads, batch) -> torch.Tensor:  # (L,)
         "The loss of one arm in all layers, by the functions that training uses."
         arms = torch.full((self.layout.n_layers,), k)
-        return SIGNALS[signal](self.tl.live, self.tl.arithmetic).losses(now, grads, arms, lambda: self.probe(images, labels)).clone()
+        return SIGNALS[signal](self.tl.live, self.tl.arithmetic).losses(now, grads, arms, lambda: self.probe(batch)).clone()
 
     def extra(self):
         return {"losses": {signal: torch.stack(rows).tolist() for signal, rows in self.recorded.items()},
