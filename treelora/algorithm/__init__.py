@@ -58,6 +58,13 @@ def record_features(
 
 # %% ../../nbs/engine/23_afterwards.ipynb #7268341c
 @patch
+@property
+def stats(self: TreeLoRA):
+    "Features of the tasks, by which inputs are routed."
+    return self.router.stats
+
+
+@patch
 def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tensor:  # (n, F) -> (n,)
     "Which task each input belongs to, in the order of `tl.bank.names`: the one with the nearest group. `beam` matters beyond 100,000 groups only. Raises ValueError when a task has no features."
     return self.router.route(features, beam)

@@ -14,6 +14,7 @@ import torch
 from ..patch import patch
 from torch import nn
 
+# %% ../../nbs/core/07_algorithm.ipynb #57c35849
 from ..bandit import get_search
 from ..engine.arguments import whole
 from ..engine.bank import Bank
@@ -54,9 +55,8 @@ class TreeLoRA:
         self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
         self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
-        self.router = Router(self.model, self.bank, o.adapter)
-        self.stats, self.initial = self.router.stats, self.live.read()
-        self.store = Store(self.layout, self.bank, self.stats, self.live, self.kept, ModelRecord(self.model, o.adapter))
+        self.router, self.initial = Router(self.model, self.bank, o.adapter), self.live.read()
+        self.store = Store(self.layout, self.bank, self.router.stats, self.live, self.kept, ModelRecord(self.model, o.adapter))
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
     lam = property(lambda self: self.pull.lam, lambda self, value: self.pull.be(value), doc="The strength, which may change between tasks.")
