@@ -168,6 +168,15 @@ def test_serving_is_refused_before_anything_changes(options):
     assert torch.equal(out(tl), wanted["t1"])
 
 
+def test_serving_where_all_rows_keep_the_same():
+    tl, _ = trained()
+    tl.bank.blocks["kept"][:] = tl.bank.blocks["kept"][1]
+    with tl.serving(torch.tensor([0] * 16 + [1] * 16)): mixed = out(tl)
+    for k, rows in ((0, slice(16)), (1, slice(16, 32))):
+        tl.load_adapter(f"t{k}")
+        assert torch.allclose(mixed[rows], out(tl)[rows], atol=1e-6)
+
+
 def test_routed_answers_go_task_by_task():
     tl = TreeLoRA(net(PARTS["all"]), lam=0.01, inference="routed")
     seen = lambda x: tl.model.base_model.model.a(x)  # a feature that the adapter and the biases change
@@ -190,8 +199,9 @@ def test_the_reference_stands_at_the_first_head():
     assert torch.allclose(alone.bank.signatures[0], tl.bank.signatures[1], atol=1e-6)
 
 
-def test_running_means_of_a_kept_head(tmp_path):
-    tl = TreeLoRA(net(HEAD, norm=True), lam=0.01)
+@pytest.mark.parametrize("options", [HEAD, {}], ids=["kept head", "frozen head"])
+def test_running_means(options, tmp_path):
+    tl = TreeLoRA(net(options, norm=True), lam=0.01)
     wanted = {}
     for k, name in enumerate(("one", "two")):
         optimizer = opt(tl)
@@ -287,7 +297,7 @@ def test_files_remember_what_is_shared_and_old_ones_share_with_a_warning(tmp_pat
 
 def test_mistakes():
     with pytest.raises(ValueError, match="Unknown keep 'some'; known are adapter, all"): TreeLoRA(net(), keep="some")
-    with pytest.raises(ValueError, match="shared names 'haed', but no parameter"): TreeLoRA(with_free_head(), shared=["haed"])
+    with pytest.raises(ValueError, match="shared names 'haed', but nothing in the model has that name"): TreeLoRA(with_free_head(), shared=["haed"])
     tl = TreeLoRA(with_free_head(False), lam=0.01)
     learn(tl, "one", 0)
     tl.model.base_model.model.head.requires_grad_(True)
