@@ -142,13 +142,14 @@ def _training(self: Kept) -> list[tuple[str, nn.Parameter]]:
     return [(_plain(n), p) for n, p in self.model.named_parameters()
             if p.requires_grad and id(p) not in AB and not self._is_shared(n)]
 
-# %% ../../nbs/engine/31_kept.ipynb #892bd1ab
+# %% ../../nbs/engine/31_kept.ipynb #0edf48f9
 @patch
 def _running(self: Kept) -> list[tuple[str, torch.Tensor]]:
     "Running statistics of norms, which move as long as the model is in training mode."
     norms = [(n, m) for n, m in self.model.named_modules()
              if isinstance(m, nn.modules.batchnorm._NormBase) and ".original_module" not in n]
-    named = [(_plain(f"{n}.{b}"), t) for n, m in norms for b, t in m.named_buffers(recurse=False)]
+    named = [(_plain(f"{n}.{b}"), t) for n, m in norms
+             for b, t in m.named_buffers(recurse=False)]
     return [(n, t) for n, t in named if not self._is_shared(n)]
 
 # %% ../../nbs/engine/31_kept.ipynb #1e5064ed
