@@ -278,6 +278,24 @@ def test_files_of_another_model(tmp_path):
     assert len(other.bank) == 0
 
 
+@pytest.mark.parametrize("change, words", [({"kept": 3}, "is damaged"), ({"kept": {"keep": "adapter"}}, "is damaged"), ({"kept": {"keep": 1, "shared": [], "parts": []}}, "is damaged"),
+                                           ({"kept": {"keep": "all", "shared": [[]], "parts": []}}, "is damaged"), ({"kept": {"keep": "all", "shared": [], "parts": [1]}}, "is damaged"),
+                                           ({"kept": {"keep": "most", "shared": [], "parts": []}}, "Unknown keep 'most'"), ({"kept": {"keep": "all", "shared": [], "parts": []}}, "it keeps nothing per task")])
+def test_files_that_say_odd_things_of_what_is_kept(change, words, tmp_path):
+    trained()[0].save(tmp_path)
+    index = tmp_path / "treelora.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "digest"} | change))
+    with pytest.raises(ValueError, match=words): TreeLoRA.load(tmp_path, net())
+
+
+def test_kept_tensors_of_another_size():
+    tl, _ = trained()
+    _, tensors = tl.state()
+    for name in ("kept", "kept.initial", "kept.current"):
+        for odd in ({name: tensors[name][..., :-1]}, {name: tensors[name] * float("nan")}, {name: tensors[name].long()}):
+            with pytest.raises(ValueError, match=f"{name} of shape|NaN or infinite numbers in {name}"): tl.kept.check_tensors(tensors | odd, 2)
+
+
 def with_free_head(tuned=True):
     model = net({})
     model.base_model.model.head.requires_grad_(tuned)

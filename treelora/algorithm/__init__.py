@@ -205,6 +205,7 @@ def load(cls: TreeLoRA, folder: str | Path, model: nn.Module, adapter: str = "de
     said = as_saved(plain, model, adapter) | where
     tl = cls(model, adapter=adapter, **said, **plain["config"])
     tl.kept.check_same(plain, str(folder))
+    tl.kept.check_tensors(tensors, len(plain["weight"]))
     tl._restore(plain, tensors)
     return tl
 

@@ -279,6 +279,20 @@ def pack(self: Kept) -> dict[str, torch.Tensor]:
     "The tensors of a state: the parts before the first task, and as they are now."
     return {"kept.initial": self.initial, "kept.current": self.read()} if len(self) else {}
 
+# %% ../../nbs/engine/31_kept.ipynb #4a81d40d
+@patch
+def check_tensors(self: Kept, tensors: dict[str, torch.Tensor], slots: int) -> None:
+    "Raise ValueError unless a state has the kept parts of so many slots, all finite."
+    E = len(self)
+    wanted = {"kept": (slots, E), "kept.initial": (E,), "kept.current": (E,)} if E else {}
+    for name, shape in wanted.items():
+        x = tensors.get(name)
+        if x is None or not x.is_floating_point() or tuple(x.shape) != shape:
+            raise ValueError(f"The state lacks the tensor {name} of shape {list(shape)}; "
+                             "restore it or save anew.")
+        if not x.isfinite().all():
+            raise ValueError(f"The state has NaN or infinite numbers in {name}.")
+
 # %% ../../nbs/engine/31_kept.ipynb #053c92d0
 @patch
 def check_rows(self: Kept, rows: torch.Tensor) -> None:  # (tasks, E)
@@ -291,7 +305,20 @@ def check_rows(self: Kept, rows: torch.Tensor) -> None:  # (tasks, E)
         f"{next(iter(self.parts))} per task: call load_adapter for each task, or infer(...) "
         'with inference="routed", which goes task by task.')
 
-# %% ../../nbs/engine/31_kept.ipynb #41e152ac
+# %% ../../nbs/engine/31_kept.ipynb #e0dbe164
+def _said(plain: dict) -> dict:
+    "What a state says is kept and shared. Raises ValueError for what no version writes."
+    said = plain.get("kept", {"keep": "adapter", "shared": [], "parts": []})
+    if isinstance(said, dict) and set(said) == {"keep", "shared", "parts"}:
+        lists = [said["shared"], said["parts"]]
+        names = [said["keep"], *(lists[0] if isinstance(lists[0], list) else [None])]
+        if all(isinstance(x, list) for x in lists) and all(isinstance(x, str) for x in names):
+            if all(isinstance(p, dict) and set(p) == {"name", "shape"} for p in lists[1]):
+                return said
+    raise ValueError("What the state says is kept per task is damaged; restore it or save it "
+                     "anew.")
+
+# %% ../../nbs/engine/31_kept.ipynb #88c28c76
 def as_saved(
     plain: dict,  # a state's JSON values
     model: nn.Module,  # into which it is loaded
@@ -299,7 +326,7 @@ def as_saved(
 ) -> dict:
     """`keep` and `shared` as a state says. States of before say nothing, and what trained
     outside the adapter was shared; a warning names it."""
-    if "kept" in plain: return {name: plain["kept"][name] for name in ("keep", "shared")}
+    if "kept" in plain: return {name: _said(plain)[name] for name in ("keep", "shared")}
     every = parts_of(model, adapter, keep="all")[1].parts
     outside = [name for name in every if name not in peft_parts(model, adapter)]
     if not outside: return {}
@@ -308,11 +335,11 @@ def as_saved(
                   stacklevel=3)
     return {"shared": outside}
 
-# %% ../../nbs/engine/31_kept.ipynb #04e1324c
+# %% ../../nbs/engine/31_kept.ipynb #f681d449
 @patch
 def check_same(self: Kept, plain: dict, what: str = "The state") -> None:
     "Raise ValueError for a state, from `describe`, that keeps other parts than this model."
-    theirs, ours = (x.get("kept", {}).get("parts", []) for x in (plain, self.describe()))
+    theirs, ours = (_said(x)["parts"] for x in (plain, self.describe()))
     if theirs == ours: return
     lists = [", ".join(f"{p['name']} {p['shape']}" for p in x[:3]) or "nothing"
              for x in (theirs, ours)]
