@@ -168,6 +168,15 @@ def test_serving_is_refused_before_anything_changes(options):
     assert torch.equal(out(tl), wanted["t1"])
 
 
+def test_serving_where_all_rows_keep_the_same():
+    tl, _ = trained()
+    tl.bank.blocks["kept"][:] = tl.bank.blocks["kept"][1]
+    with tl.serving(torch.tensor([0] * 16 + [1] * 16)): mixed = out(tl)
+    for k, rows in ((0, slice(16)), (1, slice(16, 32))):
+        tl.load_adapter(f"t{k}")
+        assert torch.allclose(mixed[rows], out(tl)[rows], atol=1e-6)
+
+
 def test_routed_answers_go_task_by_task():
     tl = TreeLoRA(net(PARTS["all"]), lam=0.01, inference="routed")
     seen = lambda x: tl.model.base_model.model.a(x)  # a feature that the adapter and the biases change
@@ -190,8 +199,9 @@ def test_the_reference_stands_at_the_first_head():
     assert torch.allclose(alone.bank.signatures[0], tl.bank.signatures[1], atol=1e-6)
 
 
-def test_running_means_of_a_kept_head(tmp_path):
-    tl = TreeLoRA(net(HEAD, norm=True), lam=0.01)
+@pytest.mark.parametrize("options", [HEAD, {}], ids=["kept head", "frozen head"])
+def test_running_means(options, tmp_path):
+    tl = TreeLoRA(net(options, norm=True), lam=0.01)
     wanted = {}
     for k, name in enumerate(("one", "two")):
         optimizer = opt(tl)
@@ -268,6 +278,24 @@ def test_files_of_another_model(tmp_path):
     assert len(other.bank) == 0
 
 
+@pytest.mark.parametrize("change, words", [({"kept": 3}, "is damaged"), ({"kept": {"keep": "adapter"}}, "is damaged"), ({"kept": {"keep": 1, "shared": [], "parts": []}}, "is damaged"),
+                                           ({"kept": {"keep": "all", "shared": [[]], "parts": []}}, "is damaged"), ({"kept": {"keep": "all", "shared": [], "parts": [1]}}, "is damaged"),
+                                           ({"kept": {"keep": "most", "shared": [], "parts": []}}, "Unknown keep 'most'"), ({"kept": {"keep": "all", "shared": [], "parts": []}}, "it keeps nothing per task")])
+def test_files_that_say_odd_things_of_what_is_kept(change, words, tmp_path):
+    trained()[0].save(tmp_path)
+    index = tmp_path / "treelora.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "digest"} | change))
+    with pytest.raises(ValueError, match=words): TreeLoRA.load(tmp_path, net())
+
+
+def test_kept_tensors_of_another_size():
+    tl, _ = trained()
+    _, tensors = tl.state()
+    for name in ("kept", "kept.initial", "kept.current"):
+        for odd in ({name: tensors[name][..., :-1]}, {name: tensors[name] * float("nan")}, {name: tensors[name].long()}):
+            with pytest.raises(ValueError, match=f"{name} of shape|NaN or infinite numbers in {name}"): tl.kept.check_tensors(tensors | odd, 2)
+
+
 def with_free_head(tuned=True):
     model = net({})
     model.base_model.model.head.requires_grad_(tuned)
@@ -287,7 +315,7 @@ def test_files_remember_what_is_shared_and_old_ones_share_with_a_warning(tmp_pat
 
 def test_mistakes():
     with pytest.raises(ValueError, match="Unknown keep 'some'; known are adapter, all"): TreeLoRA(net(), keep="some")
-    with pytest.raises(ValueError, match="shared names 'haed', but no parameter"): TreeLoRA(with_free_head(), shared=["haed"])
+    with pytest.raises(ValueError, match="shared names 'haed', but nothing in the model has that name"): TreeLoRA(with_free_head(), shared=["haed"])
     tl = TreeLoRA(with_free_head(False), lam=0.01)
     learn(tl, "one", 0)
     tl.model.base_model.model.head.requires_grad_(True)

@@ -114,8 +114,15 @@ def tried(kind: Kind, options: dict, folder, name="default", exact=True, **given
             assert torch.equal(alone, logits) if exact else torch.allclose(alone, logits, atol=1e-6), (task, (alone - logits).abs().max())
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("model", KINDS)
+# every option once in the quick tests, with the models in which it is most apart; the whole table among the slow ones
+QUICK = {("Llama", "LoRA"), ("Llama", "rsLoRA"), ("GPT-2", "DoRA"), ("Llama", "PiSSA"), ("BERT", "PiSSA, fast"), ("ViT", "OLoRA"), ("BERT", "Gaussian start"), ("GPT-2", "orthogonal start"),
+         ("Llama", "ranks and alphas"), ("BERT", "biases of LoRA layers"), ("GPT-2", "all biases"), ("ViT", "lora_bias"), ("BERT", "head"), ("Llama, tied", "head"), ("BERT", "head of SEQ_CLS"),
+         ("GPT-2", "embedding"), ("Llama, tied", "embedding, tied"), ("Llama, tied", "tokens"), ("GPT-2", "all-linear"), ("Llama, tied", "LoRA on the embedding"), ("GPT-2", "LoRA on the head"),
+         ("ViT", "DoRA, biases, head")}
+ROWS = [pytest.param(m, o, marks=[] if (m, o) in QUICK else pytest.mark.slow) for o in OPTIONS for m in KINDS]
+
+
+@pytest.mark.parametrize("model, option", ROWS)
 def test_a_task_comes_back(model, option, tmp_path):
     kind, options = KINDS[model], OPTIONS[option](KINDS[model])
     if options is None: pytest.skip("the model has no such part")

@@ -438,3 +438,22 @@ def test_batches_of_positional_arguments():
     loss = model(ids, labels=ids).loss
     assert torch.equal(seen.recomputed(), loss) and torch.equal(seen.value(), loss)
     seen.remove()
+
+
+def with_head():
+    "The tiny model with a head that PEFT trains along."
+    model = deepcopy(built(0.0)).unload()
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
+
+
+@pytest.mark.slow
+def test_a_head_that_trains_along_resumes_with_its_adapter(tmp_path):
+    whole, cut = (with_trainer(TreeLoRA(with_head()), tmp_path / "first", ["down"]) for _ in range(2))
+    save = dict(save_strategy="steps", save_steps=3)
+    trainer(whole, [TreeLoraCallback(whole, "up")], tmp_path / "a", **save).train()
+    with pytest.raises(CutOff): trainer(cut, [TreeLoraCallback(cut, "up"), Cut(4)], tmp_path / "b", **save).train()
+    new = TreeLoRA(with_head())
+    trainer(new, [TreeLoraCallback(new, "up")], tmp_path / "b", **save).train(resume_from_checkpoint=True)
+    assert_same(whole, new)
+    assert torch.equal(whole.bank.blocks["kept"], new.bank.blocks["kept"]) and torch.equal(whole.kept.read(), new.kept.read())

@@ -263,6 +263,7 @@ def load(
     said = {"frozen": True} | as_saved(plain, model, adapter) | where
     tl = cls(model, adapter=adapter, **said, **plain["config"])
     tl.kept.check_same(plain, str(folder))
+    tl.kept.check_tensors(tensors, len(plain["weight"]))
     tl._restore(plain, tensors, base_changed)
     return tl
 

@@ -108,29 +108,31 @@ def _is_shared(self: Kept, name: str) -> bool:
     "Whether a parameter is one of those that are shared on purpose."
     return any(f".{entry}." in f".{_plain(name)}." for entry in self.shared)
 
-# %% ../../nbs/engine/31_kept.ipynb #9a05e97b
+# %% ../../nbs/engine/31_kept.ipynb #a12b2563
 @patch
 def _check_names(self: Kept) -> None:
     "Raise ValueError for a name in `shared` that fits no parameter."
-    names = [f".{_plain(n)}." for n, _ in self.model.named_parameters()]
+    names = [f".{_plain(n)}." for n, _ in self._named()]
     for entry in self.shared:
         if any(f".{entry}." in n for n in names): continue
         some = ", ".join(n.strip(".") for n in names[:3])
-        raise ValueError(f"shared names {entry!r}, but no parameter of the model has that "
+        raise ValueError(f"shared names {entry!r}, but nothing in the model has that "
                          f"name; there are {some} and others.")
+@patch
+def _named(self: Kept) -> list[tuple[str, torch.Tensor]]:
+    "All parameters and buffers, by name."
+    return [*self.model.named_parameters(), *self.model.named_buffers()]
 
-# %% ../../nbs/engine/31_kept.ipynb #45a22927
+# %% ../../nbs/engine/31_kept.ipynb #63f589c7
 @patch
 def _found(self: Kept) -> dict[str, torch.Tensor]:
     "The parts to keep, in the model's order. Raises ValueError for what is left over."
     theirs = {id(t): n for n, t in peft_parts(self.model, self.adapter).items()}
     trains = self._training()
     if self.keep == "adapter": self._refuse([n for n, p in trains if id(p) not in theirs])
-    moving = [b for b in peft_parts(self.model, self.adapter).values()
-              if not isinstance(b, nn.Parameter) and b.dtype != torch.bool]  # running means
     found = [(theirs.get(id(p), n), p) for n, p in trains]
-    named = [(theirs[id(b)], b) for b in moving if not self._is_shared(theirs[id(b)])]
-    return dict(found + named)
+    moving = [(theirs.get(id(b), n), b) for n, b in self._running()]
+    return dict(found + moving)
 
 # %% ../../nbs/engine/31_kept.ipynb #cd83a290
 @patch
@@ -139,6 +141,16 @@ def _training(self: Kept) -> list[tuple[str, nn.Parameter]]:
     AB = {id(p) for p in self.layout.params}
     return [(_plain(n), p) for n, p in self.model.named_parameters()
             if p.requires_grad and id(p) not in AB and not self._is_shared(n)]
+
+# %% ../../nbs/engine/31_kept.ipynb #0edf48f9
+@patch
+def _running(self: Kept) -> list[tuple[str, torch.Tensor]]:
+    "Running statistics of norms, which move as long as the model is in training mode."
+    norms = [(n, m) for n, m in self.model.named_modules()
+             if isinstance(m, nn.modules.batchnorm._NormBase) and ".original_module" not in n]
+    named = [(_plain(f"{n}.{b}"), t) for n, m in norms
+             for b, t in m.named_buffers(recurse=False)]
+    return [(n, t) for n, t in named if not self._is_shared(n)]
 
 # %% ../../nbs/engine/31_kept.ipynb #1e5064ed
 @patch
@@ -267,16 +279,46 @@ def pack(self: Kept) -> dict[str, torch.Tensor]:
     "The tensors of a state: the parts before the first task, and as they are now."
     return {"kept.initial": self.initial, "kept.current": self.read()} if len(self) else {}
 
-# %% ../../nbs/engine/31_kept.ipynb #fc9cf05b
+# %% ../../nbs/engine/31_kept.ipynb #4a81d40d
 @patch
-def refuse_rows(self: Kept) -> None:
-    "Raise ValueError: rows of one batch can have their own A and B, and nothing else."
+def check_tensors(self: Kept, tensors: dict[str, torch.Tensor], slots: int) -> None:
+    "Raise ValueError unless a state has the kept parts of so many slots, all finite."
+    E = len(self)
+    wanted = {"kept": (slots, E), "kept.initial": (E,), "kept.current": (E,)} if E else {}
+    for name, shape in wanted.items():
+        x = tensors.get(name)
+        if x is None or not x.is_floating_point() or tuple(x.shape) != shape:
+            raise ValueError(f"The state lacks the tensor {name} of shape {list(shape)}; "
+                             "restore it or save anew.")
+        if not x.isfinite().all():
+            raise ValueError(f"The state has NaN or infinite numbers in {name}.")
+
+# %% ../../nbs/engine/31_kept.ipynb #053c92d0
+@patch
+def check_rows(self: Kept, rows: torch.Tensor) -> None:  # (tasks, E)
+    """Raise ValueError unless rows of one batch differ in A and B alone: nothing else is kept
+    in their layers, and the model holds what all of them keep outside."""
+    now, inside = self.read(), any(".lora_" in name for name in self.parts)
+    if not inside and all(torch.equal(row, now) for row in rows): return
     raise ValueError(
         "serving() answers each row with its own A and B, but this model also keeps "
         f"{next(iter(self.parts))} per task: call load_adapter for each task, or infer(...) "
         'with inference="routed", which goes task by task.')
 
-# %% ../../nbs/engine/31_kept.ipynb #41e152ac
+# %% ../../nbs/engine/31_kept.ipynb #e0dbe164
+def _said(plain: dict) -> dict:
+    "What a state says is kept and shared. Raises ValueError for what no version writes."
+    said = plain.get("kept", {"keep": "adapter", "shared": [], "parts": []})
+    if isinstance(said, dict) and set(said) == {"keep", "shared", "parts"}:
+        lists = [said["shared"], said["parts"]]
+        names = [said["keep"], *(lists[0] if isinstance(lists[0], list) else [None])]
+        if all(isinstance(x, list) for x in lists) and all(isinstance(x, str) for x in names):
+            if all(isinstance(p, dict) and set(p) == {"name", "shape"} for p in lists[1]):
+                return said
+    raise ValueError("What the state says is kept per task is damaged; restore it or save it "
+                     "anew.")
+
+# %% ../../nbs/engine/31_kept.ipynb #88c28c76
 def as_saved(
     plain: dict,  # a state's JSON values
     model: nn.Module,  # into which it is loaded
@@ -284,7 +326,7 @@ def as_saved(
 ) -> dict:
     """`keep` and `shared` as a state says. States of before say nothing, and what trained
     outside the adapter was shared; a warning names it."""
-    if "kept" in plain: return {name: plain["kept"][name] for name in ("keep", "shared")}
+    if "kept" in plain: return {name: _said(plain)[name] for name in ("keep", "shared")}
     every = parts_of(model, adapter, keep="all")[1].parts
     outside = [name for name in every if name not in peft_parts(model, adapter)]
     if not outside: return {}
@@ -293,11 +335,11 @@ def as_saved(
                   stacklevel=3)
     return {"shared": outside}
 
-# %% ../../nbs/engine/31_kept.ipynb #04e1324c
+# %% ../../nbs/engine/31_kept.ipynb #f681d449
 @patch
 def check_same(self: Kept, plain: dict, what: str = "The state") -> None:
     "Raise ValueError for a state, from `describe`, that keeps other parts than this model."
-    theirs, ours = (x.get("kept", {}).get("parts", []) for x in (plain, self.describe()))
+    theirs, ours = (_said(x)["parts"] for x in (plain, self.describe()))
     if theirs == ours: return
     lists = [", ".join(f"{p['name']} {p['shape']}" for p in x[:3]) or "nothing"
              for x in (theirs, ours)]

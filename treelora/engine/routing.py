@@ -219,8 +219,8 @@ def serving(
     """A context in which one forward pass answers a batch that mixes tasks: row i under the
     adapter of tasks[i]. Raises ValueError, and changes nothing, where more than A and B is kept
     per task, and for layers that are no plain LoRA layers."""
-    if self.bank.kept: self.bank.kept.refuse_rows()
     slots, which = self.bank.slot[tasks_of(tasks, len(self.bank))].unique(return_inverse=True)
+    if self.bank.kept: self.bank.kept.check_rows(self.bank.blocks["kept"][slots])
     layout = self.bank.layout
     device = layout.params[0].device
     pairs = layout.pairs(self.bank.adapters[slots].to(device))
