@@ -19,7 +19,7 @@ from ..engine.arguments import whole
 from ..engine.bank import Bank
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
-from ..engine.loops import Loop
+from ..engine.loops import Loop, uncut
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
@@ -46,7 +46,7 @@ class TreeLoRA:
         **options,  # depth, budget, init, inference and others, see `Options`
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
-        self.model, self.layout = model, Layout(lora_layers(model, o.adapter))
+        self.model, self.layout = model, Layout(uncut(lora_layers(model, o.adapter)))
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder), TaskTree(o.split, o.depth, o.budget)
         self.live = ModelAdapter(self.layout, self.bank, o.cache)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
@@ -100,6 +100,7 @@ def _check_task(self: TreeLoRA, name: str, rounds: int | None) -> None:
     if name in self.bank: raise ValueError(f"A task {name!r} was learned already; a name is used once.")
     if self.options.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")
     if self._paused is not None: self._paused.check(name)
+    uncut(lora_layers(self.model, self.options.adapter))
 
 # %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
 @patch
