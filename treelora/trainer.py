@@ -186,7 +186,8 @@ def _check_training(task: RunningTask, args, state, model: nn.Module) -> None:
     if any(id(p) not in inside for p in tl.params):
         raise ValueError(f"The Trainer's {type(model).__name__} does not hold the LoRA layers of this TreeLoRA; "
                          "call get_peft_model first, then make TreeLoRA and Trainer from the same model.")
-    if args.deepspeed or args.fsdp: raise ValueError("TreeLoraCallback needs each gradient as a whole; DeepSpeed and FSDP cut it up. Use one GPU or DDP, or a loop of your own with treelora.engine.shard.")
+    engine = "DeepSpeed's engine takes its step inside backward, before a callback could act" if args.deepspeed else "FSDP cuts it up" if args.fsdp else None
+    if engine: raise ValueError(f"TreeLoraCallback needs each gradient as a whole, between backward and the optimiser's step; {engine}. Use one GPU or DDP, or a loop of your own with treelora.engine.shard.")
     if task._wants_batches and max(args.world_size, args.n_gpu) > 1:
         raise ValueError(f"signal={tl.signal!r} and penalty={tl.penalty!r} look at the loss of one process; "
                          'with several, use signal="stored" and penalty="l1" or "prox".')

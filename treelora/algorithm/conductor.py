@@ -22,7 +22,7 @@ from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.kept import parts_of
-from ..engine.loops import Loop
+from ..engine.loops import Loop, uncut
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
@@ -30,6 +30,7 @@ from ..engine.signals import SIGNALS
 from ..engine.starts import Starts
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
+from ..lora import lora_layers
 from ..signature import get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
@@ -50,6 +51,7 @@ class TreeLoRA:
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
         self.model = check_model(model, o.adapter, not o.frozen)
+        uncut(lora_layers(self.model, o.adapter))
         self.layout, self.kept = parts_of(self.model, o.adapter, o.keep, o.shared)
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder, self.kept), TaskTree(o.split, o.depth, o.budget)
         self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
@@ -59,7 +61,9 @@ class TreeLoRA:
         self.store = Store(self.layout, self.bank, self.router.stats, self.live, self.kept, ModelRecord(self.model, o.adapter))
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
 
-    lam = property(lambda self: self.pull.lam, lambda self, value: self.pull.be(value), doc="The strength, which may change between tasks.")
+# %% ../../nbs/core/07_algorithm.ipynb #aecbb171
+TreeLoRA.lam = property(lambda self: self.pull.lam, lambda self, value: self.pull.be(value),
+                        doc="The strength, which may change between tasks.")
 
 # %% ../../nbs/core/07_algorithm.ipynb #ad23fff8
 @patch
@@ -104,6 +108,7 @@ def _check_task(self: TreeLoRA, name: str, rounds: int | None) -> None:
     if self.options.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")
     if self._paused is not None: self._paused.check(name)
     check_layers(self.model, self.options.adapter, self.layout)
+    uncut(lora_layers(self.model, self.options.adapter))
     self.kept.check()
 
 # %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
