@@ -219,11 +219,17 @@ def _write_index(part: Path, plain: dict, run: dict, last: Path | None, before: 
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #2129a610
 def _checked(path: Path, entry: dict) -> None:
-    "Raise Damaged when a file is not the one that was written; its size is looked at before it is read."
+    "Raise Damaged when a file is not the one that was written; first its size is looked at."
     if not path.is_file(): raise Damaged(f"{path} is missing")
     size = path.stat().st_size
-    if size != entry["bytes"]: raise Damaged(f"{path} is truncated: {size} of {entry['bytes']} bytes")
-    if sha256_of(path) != entry["sha256"]: raise Damaged(f"{path} is damaged: changed since it was written")
+    if size != entry["bytes"]:
+        raise Damaged(f"{path} is truncated: {size} of {entry['bytes']} bytes")
+    if sha256_of(path) != entry["sha256"]: raise _changed(path)
+
+
+def _changed(path: Path) -> Damaged:
+    "What is said of a file that is not what was written."
+    return Damaged(f"{path} is damaged: changed since it was written")
 
 
 def _is_index(index) -> bool:
@@ -235,14 +241,18 @@ def _is_index(index) -> bool:
              for name, entry in files.items())
     return {STILL, MOVING} <= files.keys() and all(sound)
 
-# %% ../../nbs/engine/25_checkpoint.ipynb #72e601e4
+# %% ../../nbs/engine/25_checkpoint.ipynb #b1993b4a
 def _read_index(path: Path) -> dict:
-    "A checkpoint's index, checked by its own checksum. Raises Damaged, and ValueError for another format."
+    "An index, checked by its own checksum. Raises Damaged, and ValueError for another format."
     try: index = read_json(path / INDEX)
-    except (OSError, ValueError) as error: raise Damaged(f"{path / INDEX} is missing or damaged") from error
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path / INDEX} is missing or damaged") from error
     if not isinstance(index, dict): raise Damaged(f"{path / INDEX} is damaged")
-    if index.get("format") != FORMAT: raise ValueError(f"{path / INDEX} is of format {index.get('format')!r:.40}, but this version reads format {FORMAT}; go on with the version that wrote it.")
-    if index.pop("sha256", None) != _own_digest(index) or not _is_index(index): raise Damaged(f"{path / INDEX} is damaged: changed since it was written")
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path / INDEX} is of format {index.get('format')!r:.40}, but this "
+                         f"version reads format {FORMAT}; go on with the version that wrote it.")
+    own = index.pop("sha256", None)
+    if own != _own_digest(index) or not _is_index(index): raise _changed(path / INDEX)
     return index
 
 
@@ -253,7 +263,8 @@ def _read(path: Path) -> tuple[Saved, dict]:
     for name in (STILL, MOVING):
         try:
             with readable(path / name): tensors |= load_tensors((path / name).read_bytes())
-        except (OSError, ValueError) as error: raise Damaged(f"{path / name} is damaged: {error}") from error
+        except (OSError, ValueError) as error:
+            raise Damaged(f"{path / name} is damaged: {error}") from error
     return Saved(path, index["plain"], tensors, index["run"]), index
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #86851eb1
@@ -303,12 +314,13 @@ class Checkpoints:
     ):
         self.folder, self.run = Path(folder), run
         self.last: Path | None = None
-        self.lock = Lock(folder)  # taken by whoever writes, until it is released or the process ends
+        self.lock = Lock(folder)  # taken by `write`, until it is released or the process ends
         self._index, self._held = {}, {}  # of the last one; what `still.safetensors` holds: place -> (tensor, version)
 
     def names(self) -> list[Path]:
         "Complete checkpoints, the oldest first."
-        return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir() and not p.is_symlink())
+        found = self.folder.glob("checkpoint-*")
+        return sorted(p for p in found if p.is_dir() and not p.is_symlink())
 
     def write(
         self,
@@ -319,13 +331,16 @@ class Checkpoints:
         lasting: Callable[[Path], None] | None = None,  # adds to, or replaces, the files of the one before; None: they stay
         fresh: bool = True,  # whether to write all tensors anew, as at a task's end
     ) -> Path:
-        """Write a checkpoint and drop all but the latest two; everything is written anew when the one before is gone.
+        """Write a checkpoint and drop all but the latest two; all is written anew when the
+        one before is gone.
 
-        Raises OSError, and keeps the one before, when the disk is full, ValueError when another process writes here."""
+        Raises OSError, and keeps the one before, when the disk is full, ValueError when
+        another process writes here."""
         part, final = self.folder / part_name(), self.folder / f"checkpoint-{name}"
         try:
             self.lock.take()
-            if not _as_written(self.last, self._index): self.last, self._index, self._held = None, {}, {}
+            if not _as_written(self.last, self._index):
+                self.last, self._index, self._held = None, {}, {}
             _sweep(self.folder)
             part.mkdir()
             held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
@@ -395,13 +410,16 @@ def read_peft(
     model: nn.Module,  # a PeftModel with such an adapter
     folder: str | Path,
 ) -> dict[str, torch.Tensor]:  # of the model's parameters, by name
-    "The adapter that `write_peft` wrote, or PEFT itself. Raises ValueError when it is not one of this model."
+    """The adapter that `write_peft` wrote, or PEFT itself.
+    Raises ValueError when it is not one of this model."""
     path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file(): raise FileNotFoundError(f"There is no adapter in {folder}: {path.name} is missing.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter in {folder}: {path.name} is missing.")
     with readable(path, "fetch it again"): found = load_tensors(path.read_bytes())
     own, names = dict(model.named_parameters()), peft_names(model)
     for name, key in names.items():
-        if key not in found: raise ValueError(f"{path} lacks {key}; it is the adapter of another model.")
+        if key not in found:
+            raise ValueError(f"{path} lacks {key}; it is the adapter of another model.")
         if found[key].shape != own[name].shape:
             raise ValueError(f"{path} has {key} of shape {list(found[key].shape)}, but the "
                              f"model's is {list(own[name].shape)}.")

@@ -88,7 +88,7 @@ def sealed(plain: dict) -> dict:
     plain = json.loads(json.dumps(plain))
     return plain | {"digest": digest_of(plain)}
 
-# %% ../../nbs/engine/19_files.ipynb #fdd40b56
+# %% ../../nbs/engine/19_files.ipynb #eed9cc8b
 LEFT = 3600  # seconds after which what nobody has finished was left by a killed process
 _OWN = r"-[0-9a-f]{12}(-[0-9a-f]{8})?\.safetensors"  # after the stem; older versions: no second part
 _PARTS = re.compile(r"\.part-[0-9a-f]{16}")
@@ -107,7 +107,8 @@ def sweep(
     keep: str,  # the one that counts
 ) -> None:
     "Remove what killed processes left in a folder: parts, and tensors that no JSON names."
-    full, before = re.compile(re.escape(stem) + r"-[0-9a-f]{12}-[0-9a-f]{8}\.safetensors"), time.time() - LEFT
+    full = re.compile(re.escape(stem) + r"-[0-9a-f]{12}-[0-9a-f]{8}\.safetensors")
+    before = time.time() - LEFT
     for path in folder.iterdir():
         ours = _PARTS.fullmatch(path.name) or full.fullmatch(path.name) and path.name != keep
         with suppress(OSError):
@@ -124,7 +125,8 @@ def write_state(
     parts, digest = _as_safetensors(tensors), hashlib.sha256()
     for part in parts: digest.update(part)
     name = f"{stem}-{digest.hexdigest()[:12]}-{secrets.token_hex(4)}.safetensors"
-    plain, old = sealed(plain | {"tensors": name, "sha256": digest.hexdigest()}), _named(folder, stem)
+    old = _named(folder, stem)
+    plain = sealed(plain | {"tensors": name, "sha256": digest.hexdigest()})
     replace_file(folder / name, parts)
     try: replace_file(folder / "treelora.json", json.dumps(plain, indent=1).encode())
     except BaseException:
@@ -134,9 +136,9 @@ def write_state(
         if old: (folder / old).unlink()
     sweep(folder, stem, name)
 
-# %% ../../nbs/engine/19_files.ipynb #cf425cba
-FOREIGN = (SafetensorError, RecursionError, UnicodeError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError,
-           zlib.error)  # what libraries raise for a file that is none of theirs
+# %% ../../nbs/engine/19_files.ipynb #2c0210ee
+FOREIGN = (SafetensorError, RecursionError, UnicodeError, ArithmeticError, LookupError,
+           TypeError, AttributeError, EOFError, MemoryError, RuntimeError, zlib.error)  # what libraries raise for a file that is none of theirs
 
 
 @contextmanager
@@ -151,16 +153,20 @@ def readable(
         said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise ValueError(f"{what} is damaged or no such file ({said[:200]}); {advice}.") from error
 
-# %% ../../nbs/engine/19_files.ipynb #84ed80fb
+# %% ../../nbs/engine/19_files.ipynb #582e0a47
 MOST_JSON = 2 ** 27  # bytes: some 100,000 tasks
 
 
 def read_json(path: Path):
     "Values of a JSON file. Raises ValueError when it is none, or larger than any of ours."
     size = path.stat().st_size
-    if size > MOST_JSON: raise ValueError(f"{path} has {size} bytes, more than a file of its kind ever has ({MOST_JSON}); it was not read.")
+    if size > MOST_JSON:
+        raise ValueError(f"{path} has {size} bytes, more than a file of its kind ever has "
+                         f"({MOST_JSON}); it was not read.")
     try: return json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is damaged (no valid JSON); restore it or save anew.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged (no valid JSON); "
+                         "restore it or save anew.") from error
 
 # %% ../../nbs/engine/19_files.ipynb #5bb69a51
 def sha256_of(path: Path) -> str:
@@ -170,10 +176,11 @@ def sha256_of(path: Path) -> str:
         while piece := f.read(2 ** 20): digest.update(piece)
     return digest.hexdigest()
 
-# %% ../../nbs/engine/19_files.ipynb #aabc4003
+# %% ../../nbs/engine/19_files.ipynb #0110b2a8
 def inside(name) -> bool:
     "Whether a name is that of a file within a folder, by a path that never leaves it."
-    return isinstance(name, str) and 0 < len(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not isinstance(name, str) or not name or "\0" in name: return False
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _index(folder: Path) -> dict:
@@ -185,18 +192,22 @@ def _index(folder: Path) -> dict:
         raise ValueError(f"{index} is not of format {FORMAT}, the one that this version reads.")
     name, sha256 = plain.get("tensors"), plain.get("sha256")
     if "digest" in plain and plain["digest"] != digest_of(plain) or not isinstance(sha256, str):
-        raise ValueError(f"{index} is damaged: changed since it was saved; restore it or save anew.")
+        raise ValueError(f"{index} is damaged: changed since it was saved; "
+                         "restore it or save anew.")
     if not inside(name) or Path(name).name != name:
-        raise ValueError(f"{index} is damaged: it names the tensors {name!r:.80}, which is no file beside it; restore it or save anew.")
+        raise ValueError(f"{index} is damaged: it names the tensors {ascii(name):.80}, which "
+                         "is no file beside it; restore it or save anew.")
     return plain
 
-# %% ../../nbs/engine/19_files.ipynb #0f19f3a0
+# %% ../../nbs/engine/19_files.ipynb #5b958159
 WHOLE = 2 ** 23  # bytes: larger files are mapped
 
 
 def _tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     "Tensors of a file, checked against the checksum."
-    if not path.is_file(): raise FileNotFoundError(f"{path.parent / 'treelora.json'} names {path.name}, which is missing in {path.parent}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent / 'treelora.json'} names {path.name}, "
+                                f"which is missing in {path.parent}.")
     data = path.read_bytes() if path.stat().st_size <= WHOLE else None
     if (sha256_of(path) if data is None else hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{path} is damaged: truncated or changed since it was saved; restore it or save anew.")
@@ -204,7 +215,9 @@ def _tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/engine/19_files.ipynb #00a45dac
 def read_state(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    "JSON and tensors of a saved state, checked against their checksums; tensors of more than `WHOLE` bytes are mapped copy-on-write and read when they are looked at."
+    """JSON and tensors of a saved state, checked against their checksums.
+
+    Tensors of more than `WHOLE` bytes are mapped copy-on-write and read when looked at."""
     folder = Path(folder)
     plain = _index(folder)
     try: return plain, _tensors(folder / plain["tensors"], plain["sha256"])
