@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from .files import inside, part_name, read_json, readable, sha256_of, write_file
 from .lock import Lock
+from ..patch import patch
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #7aa3c211
 def check_writable(
@@ -206,7 +207,7 @@ def _digest(path: Path, name: str, last: Path | None, files: dict) -> dict:
 
 def _own_digest(index: dict) -> str: return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #b69fc395
 def _write_index(part: Path, plain: dict, run: dict, last: Path | None, before: dict) -> dict:
     "The index, after everything else is on the disk."
     known = before.get("files", {})
@@ -231,7 +232,7 @@ def _changed(path: Path) -> Damaged:
     "What is said of a file that is not what was written."
     return Damaged(f"{path} is damaged: changed since it was written")
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #3126c0a3
 def _is_index(index) -> bool:
     "Whether JSON values are those of a checkpoint's index; no file of it lies elsewhere."
     if not isinstance(index, dict): return False
@@ -241,7 +242,7 @@ def _is_index(index) -> bool:
              for name, entry in files.items())
     return {STILL, MOVING} <= files.keys() and all(sound)
 
-# %% ../../nbs/engine/25_checkpoint.ipynb #b1993b4a
+# %% ../../nbs/engine/25_checkpoint.ipynb #465bc190
 def _read_index(path: Path) -> dict:
     "An index, checked by its own checksum. Raises Damaged, and ValueError for another format."
     try: index = read_json(path / INDEX)
@@ -255,7 +256,7 @@ def _read_index(path: Path) -> dict:
     if own != _own_digest(index) or not _is_index(index): raise _changed(path / INDEX)
     return index
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #4ddd3361
 def _read(path: Path) -> tuple[Saved, dict]:
     "A checkpoint, checked. Raises Damaged, naming the file, and ValueError for another format."
     index, tensors = _read_index(path), {}
@@ -295,7 +296,7 @@ def remove(path: Path) -> None:
     if path.is_symlink() or path.is_file(): path.unlink()
     else: shutil.rmtree(path, ignore_errors=True)
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #79166987
 def _drop(old: Path) -> None:
     "Remove a checkpoint, out of sight first."
     gone = old.with_name(f".old-{part_name()[6:]}-{old.name}")
@@ -322,54 +323,58 @@ class Checkpoints:
         found = self.folder.glob("checkpoint-*")
         return sorted(p for p in found if p.is_dir() and not p.is_symlink())
 
-    def write(
-        self,
-        name: str,  # sorts after that of the one before
-        plain: dict,
-        tensors: dict[str, torch.Tensor],
-        moving: Callable[[Path], None] | None = None,  # adds files that change from checkpoint to checkpoint
-        lasting: Callable[[Path], None] | None = None,  # adds to, or replaces, the files of the one before; None: they stay
-        fresh: bool = True,  # whether to write all tensors anew, as at a task's end
-    ) -> Path:
-        """Write a checkpoint and drop all but the latest two; all is written anew when the
-        one before is gone.
+# %% ../../nbs/engine/25_checkpoint.ipynb #219f71a2
+@patch
+def write(
+    self: Checkpoints,
+    name: str,  # sorts after that of the one before
+    plain: dict,
+    tensors: dict[str, torch.Tensor],
+    moving: Callable[[Path], None] | None = None,  # adds files that change from checkpoint to checkpoint
+    lasting: Callable[[Path], None] | None = None,  # adds to, or replaces, the files of the one before; None: they stay
+    fresh: bool = True,  # whether to write all tensors anew, as at a task's end
+) -> Path:
+    """Write a checkpoint and drop all but the latest two; all is written anew when the
+    one before is gone.
 
-        Raises OSError, and keeps the one before, when the disk is full, ValueError when
-        another process writes here."""
-        part, final = self.folder / part_name(), self.folder / f"checkpoint-{name}"
-        try:
-            self.lock.take()
-            if not _as_written(self.last, self._index):
-                self.last, self._index, self._held = None, {}, {}
-            _sweep(self.folder)
-            part.mkdir()
-            held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
-            index = _write_index(part, plain, self.run, self.last, self._index)
-            remove(final)  # a checkpoint of this very step that was found damaged
-            part.rename(final)
-            _sync_folder(self.folder)
-        except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            kept = f"{self.last} is whole" if self.last else "there is none before it"
-            raise OSError(f"The checkpoint {final} could not be written ({error.strerror or error}); nothing of it was kept, and {kept}. Make room, then go on with --resume (resume=True).") from error
-        self.last, self._index, self._held = final, index, held
-        for old in self.names()[:-KEEP]: _drop(old)
-        return final
+    Raises OSError, and keeps the one before, when the disk is full, ValueError when
+    another process writes here."""
+    part, final = self.folder / part_name(), self.folder / f"checkpoint-{name}"
+    try:
+        self.lock.take()
+        if not _as_written(self.last, self._index):
+            self.last, self._index, self._held = None, {}, {}
+        _sweep(self.folder)
+        part.mkdir()
+        held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
+        index = _write_index(part, plain, self.run, self.last, self._index)
+        remove(final)  # a checkpoint of this very step that was found damaged
+        part.rename(final)
+        _sync_folder(self.folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        kept = f"{self.last} is whole" if self.last else "there is none before it"
+        raise OSError(f"The checkpoint {final} could not be written ({error.strerror or error}); nothing of it was kept, and {kept}. Make room, then go on with --resume (resume=True).") from error
+    self.last, self._index, self._held = final, index, held
+    for old in self.names()[:-KEEP]: _drop(old)
+    return final
 
-    def read(self) -> "Saved | None":  # None: there is none
-        "The latest checkpoint that is whole; a damaged one is named in a warning. Raises ValueError when none is whole, or it is another run's."
-        problems = []
-        for path in reversed(self.names()):
-            try: saved, index = _read(path)
-            except Damaged as error: problems.append(str(error))
-            else: break
-        else:
-            if problems: raise ValueError(f"No checkpoint in {self.folder} is whole: {'; '.join(problems)}. Delete the folder to start anew.")
-            return None
-        for problem in problems: warnings.warn(f"{problem}; going on from the one before, {path.name}.", stacklevel=2)
-        _check_run(saved, self.run)
-        self.last, self._index = path, index
-        return saved
+# %% ../../nbs/engine/25_checkpoint.ipynb #719008b9
+@patch
+def read(self: Checkpoints) -> "Saved | None":  # None: there is none
+    "The latest checkpoint that is whole; a damaged one is named in a warning. Raises ValueError when none is whole, or it is another run's."
+    problems = []
+    for path in reversed(self.names()):
+        try: saved, index = _read(path)
+        except Damaged as error: problems.append(str(error))
+        else: break
+    else:
+        if problems: raise ValueError(f"No checkpoint in {self.folder} is whole: {'; '.join(problems)}. Delete the folder to start anew.")
+        return None
+    for problem in problems: warnings.warn(f"{problem}; going on from the one before, {path.name}.", stacklevel=2)
+    _check_run(saved, self.run)
+    self.last, self._index = path, index
+    return saved
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0025
 def random_states() -> dict:
@@ -405,7 +410,7 @@ def write_peft(
     try: config.save_pretrained(folder)
     finally: config.inference_mode = training
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #bddf22fe
 def read_peft(
     model: nn.Module,  # a PeftModel with such an adapter
     folder: str | Path,
@@ -425,7 +430,7 @@ def read_peft(
                              f"model's is {list(own[name].shape)}.")
     return {name: found[key] for name, key in names.items()}
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #d640edbd
 def peft_names(model: nn.Module) -> dict[str, str]:
     "The model's adapter parameters, and what PEFT calls them in files; empty for a model without PEFT's adapters."
     if not hasattr(model, "peft_config"): return {}

@@ -102,7 +102,7 @@ def sealed(plain: dict) -> dict:
     plain = json.loads(json.dumps(plain))
     return plain | {"digest": digest_of(plain)}
 
-# %% ../../nbs/engine/19_files.ipynb #eed9cc8b
+# %% ../../nbs/engine/19_files.ipynb #3497c370
 LEFT = 3600  # seconds after which what nobody has finished was left by a killed process
 _OWN = r"-[0-9a-f]{12}(-[0-9a-f]{8})?\.safetensors"  # after the stem; older versions: no second part
 _PARTS = re.compile(r"\.part-[0-9a-f]{16}")
@@ -114,7 +114,7 @@ def _named(folder: Path, stem: str) -> str | None:
         name = _index(folder)["tensors"]
         if re.fullmatch(re.escape(stem) + _OWN, name): return name
 
-
+# %% ../../nbs/engine/19_files.ipynb #e0d10341
 def sweep(
     folder: Path,
     stem: str,  # of the tensors' files
@@ -190,13 +190,13 @@ def sha256_of(path: Path) -> str:
         while piece := f.read(2 ** 20): digest.update(piece)
     return digest.hexdigest()
 
-# %% ../../nbs/engine/19_files.ipynb #0110b2a8
+# %% ../../nbs/engine/19_files.ipynb #69d5d74f
 def inside(name) -> bool:
     "Whether a name is that of a file within a folder, by a path that never leaves it."
     if not isinstance(name, str) or not name or "\0" in name: return False
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
-
+# %% ../../nbs/engine/19_files.ipynb #45cadd57
 def _index(folder: Path) -> dict:
     "The JSON of a saved state, as far as it can be checked by itself."
     index = folder / "treelora.json"

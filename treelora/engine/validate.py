@@ -37,12 +37,12 @@ def short(value) -> str:
     text = ascii(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
-# %% ../../nbs/engine/34_validate.ipynb #335e6db2
+# %% ../../nbs/engine/34_validate.ipynb #37a44680
 def is_whole(x, least: int = 0, below: float = 2 ** 53) -> bool:
     "Whether a value is a whole number in a range."
     return isinstance(x, int) and not isinstance(x, bool) and least <= x < below
 
-
+# %% ../../nbs/engine/34_validate.ipynb #d25c338e
 def is_number(x) -> bool:
     "Whether a value is a finite number."
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -67,7 +67,7 @@ def check_keys(x, keys: Iterable[str], optional: Iterable[str] = ()) -> None:
     need(not odd, f"has {short(min(odd, key=str, default=''))}, "
                   "which this version does not know")
 
-# %% ../../nbs/engine/34_validate.ipynb #d8200227
+# %% ../../nbs/engine/34_validate.ipynb #dd0a1fd7
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -76,7 +76,7 @@ def is_finite(x: torch.Tensor) -> bool:
     if x.numel() == 0: return True
     return all(math.isfinite(float(end)) for end in x.aminmax())
 
-
+# %% ../../nbs/engine/34_validate.ipynb #d95a4e19
 def check_tensor(tensors: dict, name: str, shape: tuple, finite: bool = True) -> None:
     "Numbers of a shape, in which None stands for any length. Raises Wrong."
     need(name in tensors, f"lacks the tensor {name}")
@@ -115,7 +115,7 @@ class State:
         sizes = (math.prod(y["A"]) + math.prod(y["B"]) for y in self.plain["layers"])
         return len(self.plain["layers"]), max(sizes)
 
-# %% ../../nbs/engine/34_validate.ipynb #ece9f8af
+# %% ../../nbs/engine/34_validate.ipynb #1af60997
 WHERE = ("adapter", "cache", "bank_folder", "compile")  # settings that no file decides
 
 
@@ -132,7 +132,7 @@ def fits(value, hint) -> bool:
 
 FIRST = ("lam", "signature", "search", "signal", "penalty")  # in files of all versions
 
-
+# %% ../../nbs/engine/34_validate.ipynb #27435021
 def check_config(config, state: State) -> None:
     "Settings of a TreeLoRA: known ones, of the right types and values."
     hints = {k: hint for k, hint in get_type_hints(Options).items() if k not in WHERE}
@@ -155,7 +155,7 @@ def check_layers(layers, state: State) -> None:
             right = 0 < len(part) < 8 and all(is_whole(n, 1, 2 ** 31) for n in part)
             need(right, f"has the shape {short(part)} in {short(layer['name'])}")
 
-# %% ../../nbs/engine/34_validate.ipynb #7932e4d0
+# %% ../../nbs/engine/34_validate.ipynb #c6f5249c
 def check_names(names, state: State) -> None:
     "Tasks, each once."
     check_list(names)
@@ -172,7 +172,7 @@ def check_weight(weight, state: State) -> None:
         check_tensor(state.tensors, name, (len(weight), *state.block))
     for name in ("initial", "current"): check_tensor(state.tensors, name, state.block)
 
-
+# %% ../../nbs/engine/34_validate.ipynb #75ee57cd
 def check_slot(slot, state: State) -> None:
     "The slot of each task; together they are as many as the weights say."
     check_list(slot, state.n_tasks)
@@ -218,7 +218,7 @@ def parents_of(nodes: list) -> dict[int, int]:
     need(len(parents) == max(0, len(nodes) - 1), "are no tree: some have no parent")
     return parents
 
-# %% ../../nbs/engine/34_validate.ipynb #9ec7e870
+# %% ../../nbs/engine/34_validate.ipynb #8cccf4ce
 def check_nodes(nodes, keys: list, n_layers: int, most: int) -> None:
     "Each node one deeper than its parent, whose tasks its children share out."
     check_list(nodes)
@@ -228,7 +228,8 @@ def check_nodes(nodes, keys: list, n_layers: int, most: int) -> None:
         depth = nodes[parents[i]]["depth"] + 1 if i else 0
         need(is_whole(node["depth"]) and node["depth"] == depth,
              f"has a depth {short(node['depth'])} at {i}")
-        need(is_whole(node["built"], 1, most + 1), f"has built = {short(node['built'])} at {i}")
+        need(is_whole(node["built"], 1, most + 1),
+             f"has built = {short(node['built'])} at {i}")
         need(bool(node["children"]) == (node["cut"] is not None),
              f"has children without a cut, or a cut without children, at {i}")
         need(not node["children"] or depth < n_layers, f"has a cut below all layers at {i}")
@@ -237,7 +238,7 @@ def check_nodes(nodes, keys: list, n_layers: int, most: int) -> None:
     if keys or nodes: need(bool(nodes), "is empty")
     if nodes: need(Counter(nodes[0]["tasks"]) == Counter(keys), "lacks tasks at its root")
 
-
+# %% ../../nbs/engine/34_validate.ipynb #391bda71
 def check_shares(node: dict, children: list[dict], i: int) -> None:
     "Whether children share out their parent's tasks."
     for task in node["tasks"]: need(is_name(task), f"has the task {short(task)} at {i}")
@@ -247,7 +248,7 @@ def check_shares(node: dict, children: list[dict], i: int) -> None:
     need(shared and all(child["tasks"] for child in children),
          f"has children at {i} that do not share out its tasks")
 
-# %% ../../nbs/engine/34_validate.ipynb #bd53cf03
+# %% ../../nbs/engine/34_validate.ipynb #c65c3f12
 def check_rows(tree: dict, tensors: dict) -> list[int]:
     "The rows of each entry, all finite; returns the length of each layer's."
     n = tree["n_layers"]
@@ -259,7 +260,7 @@ def check_rows(tree: dict, tensors: dict) -> list[int]:
     need(None not in widths and 0 not in widths, "has empty rows")
     return widths
 
-
+# %% ../../nbs/engine/34_validate.ipynb #6d2419ce
 def check_cut(cut, i: int, width: int, tensors: dict) -> None:
     "A cut's rule, threshold and directions."
     check_keys(cut, ("rule", "threshold"))
@@ -268,7 +269,7 @@ def check_cut(cut, i: int, width: int, tensors: dict) -> None:
     check_tensor(tensors, f"tree.cut.{i}.center", (width,))
     if cut["rule"] == "axis": check_tensor(tensors, f"tree.cut.{i}.direction", (width,))
 
-# %% ../../nbs/engine/34_validate.ipynb #33192626
+# %% ../../nbs/engine/34_validate.ipynb #d55c3ea6
 TREE = ("split", "depth", "budget", "n_splits", "nodes", "tasks", "keys", "n_layers")
 
 
@@ -293,7 +294,7 @@ def check_tree(tree, state: State) -> None:
         if node["cut"] is not None:
             check_cut(node["cut"], i, widths[node["depth"]], state.tensors)
 
-
+# %% ../../nbs/engine/34_validate.ipynb #4f169457
 def check_entries(tree: dict, state: State) -> None:
     "Tasks and the entries that they share: the names of the bank, and its slots."
     check_list(tree["tasks"]), check_list(tree["keys"], state.n_slots)
@@ -341,7 +342,7 @@ def check_task(
     for name, dims in (("arms", (0, 1)), ("picks", (1, 2)), ("losses.arms", (1, 2))):
         if name in tensors: check_indices(tensors, name, dims, n_tasks)
 
-# %% ../../nbs/engine/34_validate.ipynb #0e855877
+# %% ../../nbs/engine/34_validate.ipynb #2badbbd7
 def check_looks(task: dict, n_tasks: int) -> None:
     "Losses of earlier tasks that were looked at, and the search's numbers. Raises Wrong."
     check_list(task.get("paired", [])), check_list(task["norms"])
@@ -355,7 +356,7 @@ def check_looks(task: dict, n_tasks: int) -> None:
                                              for x in search.values())
     need(right, f"has the search {short(search)}")
 
-
+# %% ../../nbs/engine/34_validate.ipynb #7f164cb9
 def check_counts(task: dict, tensors: dict) -> None:
     "Groups of features of a running task. Raises Wrong."
     check_list(task["groups"])
@@ -404,7 +405,7 @@ FIELDS: dict[str, Field] = {  # in the order in which they are looked at
     **{name: Field(_anything, needed=False) for name in ("tensors", "sha256", "digest")},
 }
 
-# %% ../../nbs/engine/34_validate.ipynb #441de251
+# %% ../../nbs/engine/34_validate.ipynb #ccb40a1c
 def _look(state: State) -> None:
     "All fields in their order, then whether there is something else. Raises Wrong."
     need(isinstance(state.plain, dict), "is no object")
@@ -418,7 +419,7 @@ def _look(state: State) -> None:
     odd = [name for name in state.tensors if not name.startswith(known)]
     need(not odd, f"it has the tensor {short(odd[:1])}, which belongs to nothing")
 
-
+# %% ../../nbs/engine/34_validate.ipynb #f1ee0825
 def check_state(
     plain: dict,  # as `Store.pack` makes it
     tensors: dict[str, torch.Tensor],
