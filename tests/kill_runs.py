@@ -73,7 +73,7 @@ def _learned(folder: Path) -> dict:
     "What must be equal: scores, trees, and the files of tree and adapters, by their checksums."
     result = json.loads((folder / "result.json").read_text())
     saved, index = _read(sorted((folder / "checkpoints").glob("checkpoint-*"))[-1])
-    files = {n: e["sha256"] for n, e in index["files"].items() if n.endswith(".safetensors") and ("/" in n)}
+    files = sorted((n.rsplit("-", 1)[0], e["sha256"]) for n, e in index["files"].items() if n.endswith(".safetensors") and "/" in n)  # the last part of a name is drawn
     weights = {k: x.tolist() for k, x in saved.tensors.items() if k.startswith("weights.")}
     return {"R": result["R"], "trees": result["trees"], "files": files, "weights": weights}
 

@@ -170,7 +170,7 @@ class Loop(Steps):
 
     def fit(self) -> "Loop":
         "All stages, one after the other; with a keeper, from its latest checkpoint on."
-        with _stance("force_eager", self.compile), self.keeper or nullcontext(): return self._fit()
+        with _stance("force_eager", self.compile): return self._fit()
 
     def _fit(self) -> "Loop":
         "The stages themselves."
@@ -591,7 +591,7 @@ def run(
     learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision,
                       ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, parts=parts, **chosen)
     if checkpoints is not None: learner.keeper = Keeper(learner, checkpoints, checkpoint_every, resume)
-    with learner.watch("total"): learner.fit()
+    with learner.watch("total"), learner.keeper or nullcontext(): learner.fit()
     faster = {k: v for k, v in dict(ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard).items() if v}
     return _result(learner, {"stream": stream.name, "kind": stream.kind, "method": build.name, "scale": scale, "seed": seed, "model": name, "precision": precision} | chosen | faster, sha256)
 

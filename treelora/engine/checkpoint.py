@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from .files import inside, part_name, read_json, readable, sha256_of, write_file
 from .kept import peft_parts
 from .lock import Lock
+from ..patch import patch
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #7aa3c211
 def check_writable(
@@ -208,7 +209,7 @@ def _digest(path: Path, name: str, last: Path | None, files: dict) -> dict:
 
 def _own_digest(index: dict) -> str: return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #b69fc395
 def _write_index(part: Path, plain: dict, run: dict, last: Path | None, before: dict) -> dict:
     "The index, after everything else is on the disk."
     known = before.get("files", {})
@@ -221,13 +222,19 @@ def _write_index(part: Path, plain: dict, run: dict, last: Path | None, before: 
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #2129a610
 def _checked(path: Path, entry: dict) -> None:
-    "Raise Damaged when a file is not the one that was written; its size is looked at before it is read."
+    "Raise Damaged when a file is not the one that was written; first its size is looked at."
     if not path.is_file(): raise Damaged(f"{path} is missing")
     size = path.stat().st_size
-    if size != entry["bytes"]: raise Damaged(f"{path} is truncated: {size} of {entry['bytes']} bytes")
-    if sha256_of(path) != entry["sha256"]: raise Damaged(f"{path} is damaged: changed since it was written")
+    if size != entry["bytes"]:
+        raise Damaged(f"{path} is truncated: {size} of {entry['bytes']} bytes")
+    if sha256_of(path) != entry["sha256"]: raise _changed(path)
 
 
+def _changed(path: Path) -> Damaged:
+    "What is said of a file that is not what was written."
+    return Damaged(f"{path} is damaged: changed since it was written")
+
+# %% ../../nbs/engine/25_checkpoint.ipynb #3126c0a3
 def _is_index(index) -> bool:
     "Whether JSON values are those of a checkpoint's index; no file of it lies elsewhere."
     if not isinstance(index, dict): return False
@@ -237,17 +244,21 @@ def _is_index(index) -> bool:
              for name, entry in files.items())
     return {STILL, MOVING} <= files.keys() and all(sound)
 
-# %% ../../nbs/engine/25_checkpoint.ipynb #72e601e4
+# %% ../../nbs/engine/25_checkpoint.ipynb #465bc190
 def _read_index(path: Path) -> dict:
-    "A checkpoint's index, checked by its own checksum. Raises Damaged, and ValueError for another format."
+    "An index, checked by its own checksum. Raises Damaged, and ValueError for another format."
     try: index = read_json(path / INDEX)
-    except (OSError, ValueError) as error: raise Damaged(f"{path / INDEX} is missing or damaged") from error
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path / INDEX} is missing or damaged") from error
     if not isinstance(index, dict): raise Damaged(f"{path / INDEX} is damaged")
-    if index.get("format") != FORMAT: raise ValueError(f"{path / INDEX} is of format {index.get('format')!r:.40}, but this version reads format {FORMAT}; go on with the version that wrote it.")
-    if index.pop("sha256", None) != _own_digest(index) or not _is_index(index): raise Damaged(f"{path / INDEX} is damaged: changed since it was written")
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path / INDEX} is of format {index.get('format')!r:.40}, but this "
+                         f"version reads format {FORMAT}; go on with the version that wrote it.")
+    own = index.pop("sha256", None)
+    if own != _own_digest(index) or not _is_index(index): raise _changed(path / INDEX)
     return index
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #4ddd3361
 def _read(path: Path) -> tuple[Saved, dict]:
     "A checkpoint, checked. Raises Damaged, naming the file, and ValueError for another format."
     index, tensors = _read_index(path), {}
@@ -255,7 +266,8 @@ def _read(path: Path) -> tuple[Saved, dict]:
     for name in (STILL, MOVING):
         try:
             with readable(path / name): tensors |= load_tensors((path / name).read_bytes())
-        except (OSError, ValueError) as error: raise Damaged(f"{path / name} is damaged: {error}") from error
+        except (OSError, ValueError) as error:
+            raise Damaged(f"{path / name} is damaged: {error}") from error
     return Saved(path, index["plain"], tensors, index["run"]), index
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #86851eb1
@@ -286,7 +298,7 @@ def remove(path: Path) -> None:
     if path.is_symlink() or path.is_file(): path.unlink()
     else: shutil.rmtree(path, ignore_errors=True)
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #79166987
 def _drop(old: Path) -> None:
     "Remove a checkpoint, out of sight first."
     gone = old.with_name(f".old-{part_name()[6:]}-{old.name}")
@@ -305,58 +317,66 @@ class Checkpoints:
     ):
         self.folder, self.run = Path(folder), run
         self.last: Path | None = None
-        self.lock = Lock(folder)  # taken by whoever writes, until it is released or the process ends
+        self.lock = Lock(folder)  # taken by `write`, until it is released or the process ends
         self._index, self._held = {}, {}  # of the last one; what `still.safetensors` holds: place -> (tensor, version)
 
     def names(self) -> list[Path]:
         "Complete checkpoints, the oldest first."
-        return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir() and not p.is_symlink())
+        found = self.folder.glob("checkpoint-*")
+        return sorted(p for p in found if p.is_dir() and not p.is_symlink())
 
-    def write(
-        self,
-        name: str,  # sorts after that of the one before
-        plain: dict,
-        tensors: dict[str, torch.Tensor],
-        moving: Callable[[Path], None] | None = None,  # adds files that change from checkpoint to checkpoint
-        lasting: Callable[[Path], None] | None = None,  # adds to, or replaces, the files of the one before; None: they stay
-        fresh: bool = True,  # whether to write all tensors anew, as at a task's end
-    ) -> Path:
-        """Write a checkpoint and drop all but the latest two; everything is written anew when the one before is gone.
+# %% ../../nbs/engine/25_checkpoint.ipynb #219f71a2
+@patch
+def write(
+    self: Checkpoints,
+    name: str,  # sorts after that of the one before
+    plain: dict,
+    tensors: dict[str, torch.Tensor],
+    moving: Callable[[Path], None] | None = None,  # adds files that change from checkpoint to checkpoint
+    lasting: Callable[[Path], None] | None = None,  # adds to, or replaces, the files of the one before; None: they stay
+    fresh: bool = True,  # whether to write all tensors anew, as at a task's end
+) -> Path:
+    """Write a checkpoint and drop all but the latest two; all is written anew when the
+    one before is gone.
 
-        Raises OSError, and keeps the one before, when the disk is full, ValueError when another process writes here."""
-        part, final = self.folder / part_name(), self.folder / f"checkpoint-{name}"
-        try:
-            self.lock.take()
-            if not _as_written(self.last, self._index): self.last, self._index, self._held = None, {}, {}
-            _sweep(self.folder)
-            part.mkdir()
-            held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
-            index = _write_index(part, plain, self.run, self.last, self._index)
-            remove(final)  # a checkpoint of this very step that was found damaged
-            part.rename(final)
-            _sync_folder(self.folder)
-        except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            kept = f"{self.last} is whole" if self.last else "there is none before it"
-            raise OSError(f"The checkpoint {final} could not be written ({error.strerror or error}); nothing of it was kept, and {kept}. Make room, then go on with --resume (resume=True).") from error
-        self.last, self._index, self._held = final, index, held
-        for old in self.names()[:-KEEP]: _drop(old)
-        return final
+    Raises OSError, and keeps the one before, when the disk is full, ValueError when
+    another process writes here."""
+    part, final = self.folder / part_name(), self.folder / f"checkpoint-{name}"
+    try:
+        self.lock.take()
+        if not _as_written(self.last, self._index):
+            self.last, self._index, self._held = None, {}, {}
+        _sweep(self.folder)
+        part.mkdir()
+        held = _fill(part, self.last, {} if fresh else self._held, tensors, moving, lasting)
+        index = _write_index(part, plain, self.run, self.last, self._index)
+        remove(final)  # a checkpoint of this very step that was found damaged
+        part.rename(final)
+        _sync_folder(self.folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        kept = f"{self.last} is whole" if self.last else "there is none before it"
+        raise OSError(f"The checkpoint {final} could not be written ({error.strerror or error}); nothing of it was kept, and {kept}. Make room, then go on with --resume (resume=True).") from error
+    self.last, self._index, self._held = final, index, held
+    for old in self.names()[:-KEEP]: _drop(old)
+    return final
 
-    def read(self) -> "Saved | None":  # None: there is none
-        "The latest checkpoint that is whole; a damaged one is named in a warning. Raises ValueError when none is whole, or it is another run's."
-        problems = []
-        for path in reversed(self.names()):
-            try: saved, index = _read(path)
-            except Damaged as error: problems.append(str(error))
-            else: break
-        else:
-            if problems: raise ValueError(f"No checkpoint in {self.folder} is whole: {'; '.join(problems)}. Delete the folder to start anew.")
-            return None
-        for problem in problems: warnings.warn(f"{problem}; going on from the one before, {path.name}.", stacklevel=2)
-        _check_run(saved, self.run)
-        self.last, self._index = path, index
-        return saved
+# %% ../../nbs/engine/25_checkpoint.ipynb #719008b9
+@patch
+def read(self: Checkpoints) -> "Saved | None":  # None: there is none
+    "The latest checkpoint that is whole; a damaged one is named in a warning. Raises ValueError when none is whole, or it is another run's."
+    problems = []
+    for path in reversed(self.names()):
+        try: saved, index = _read(path)
+        except Damaged as error: problems.append(str(error))
+        else: break
+    else:
+        if problems: raise ValueError(f"No checkpoint in {self.folder} is whole: {'; '.join(problems)}. Delete the folder to start anew.")
+        return None
+    for problem in problems: warnings.warn(f"{problem}; going on from the one before, {path.name}.", stacklevel=2)
+    _check_run(saved, self.run)
+    self.last, self._index = path, index
+    return saved
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0025
 def random_states() -> dict:
@@ -403,30 +423,34 @@ def write_peft_folder(
     config.save_pretrained(folder)
 
 
+def _names(model: nn.Module) -> dict[int, str]:
+    "What the model calls its parameters and buffers."
+    return {id(x): n for n, x in (*model.named_buffers(), *model.named_parameters())}
+
+# %% ../../nbs/engine/25_checkpoint.ipynb #bddf22fe
 def read_peft(
     model: nn.Module,  # a PeftModel with such an adapter
     folder: str | Path,
 ) -> dict[str, torch.Tensor]:  # of the model's parameters, by name
-    "The adapter that `write_peft` wrote, or PEFT itself. Raises ValueError when it is not one of this model."
+    """The adapter that `write_peft` wrote, or PEFT itself.
+    Raises ValueError when it is not one of this model."""
     path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file(): raise FileNotFoundError(f"There is no adapter in {folder}: {path.name} is missing.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter in {folder}: {path.name} is missing.")
     with readable(path, "fetch it again"): found = load_tensors(path.read_bytes())
-    own, names = dict(model.named_parameters()), peft_names(model)
+    own, names = dict((*model.named_buffers(), *model.named_parameters())), peft_names(model)
     for name, key in names.items():
-        if key not in found: raise ValueError(f"{path} lacks {key}; it is the adapter of another model.")
+        if key not in found:
+            raise ValueError(f"{path} lacks {key}; it is the adapter of another model.")
         if found[key].shape != own[name].shape:
             raise ValueError(f"{path} has {key} of shape {list(found[key].shape)}, but the "
                              f"model's is {list(own[name].shape)}.")
     return {name: found[key] for name, key in names.items()}
 
-
+# %% ../../nbs/engine/25_checkpoint.ipynb #d640edbd
 def peft_names(model: nn.Module) -> dict[str, str]:
-    "The model's adapter parameters, and what PEFT calls them in files; empty for a model without PEFT's adapters."
+    """The model's adapter parameters, and what PEFT calls them in files; empty for a model
+    without PEFT's adapters."""
     if not hasattr(model, "peft_config"): return {}
     names = _names(model)
     return {names[id(x)]: key for key, x in peft_parts(model, model.active_adapter).items()}
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    "What the model calls its parameters and buffers."
-    return {id(x): n for n, x in (*model.named_buffers(), *model.named_parameters())}

@@ -38,7 +38,7 @@ def _runs(note: bytes) -> bool:
     except PermissionError: return True  # another user's
     return True
 
-# %% ../../nbs/engine/36_lock.ipynb #3675d42c
+# %% ../../nbs/engine/36_lock.ipynb #e196c39d
 def _open(path: Path):
     "The lock's file, made if missing; a link of that name is removed."
     if path.is_symlink(): path.unlink()
@@ -51,7 +51,7 @@ def _still_there(file, path: Path) -> bool:
     try: return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError: return False
 
-
+# %% ../../nbs/engine/36_lock.ipynb #1cec466b
 def _attempt(path: Path):
     "The file, locked and with our note in it; None when another holds it."
     while True:

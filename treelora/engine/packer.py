@@ -42,7 +42,7 @@ def known(
     "Look a name up in a closed list. Raises ValueError for any other."
     if isinstance(name, str) and name in closed: return closed[name]
     raise ValueError(f"{path} of the checkpoint names {ascii(name):.60}, which is none of "
-                     f"{', '.join(map(str, closed)):.200}; it is damaged, or of another version.")
+                     f"{', '.join(closed):.200}; it is damaged, or of another version.")
 
 # %% ../../nbs/engine/24_packer.ipynb #c4c19531
 class Packer:
@@ -97,7 +97,6 @@ class Packer:
         "The values. Raises ValueError, naming the place, for what lacks its counterpart."
         self.tensors, self.known, self.parts = tensors, {}, dict(self.model.named_modules())
         self.weights = _weights(self.model)
-        self.tagged = {tag: kind for tag, kind in KINDS.items() if kind.get}
         with readable("The checkpoint", "go on from another one, or begin anew"):
             return {k: self.get(v, like.get(k), k) for k, v in plain.items()}
 
@@ -106,7 +105,7 @@ class Packer:
         if isinstance(x, list): return _get_list(self, x, like, path)
         if not isinstance(x, dict): return x
         if TAG not in x: return _get_plain(self, x, like, path)
-        return known(x[TAG], self.tagged, path).get(self, x, like, path)
+        return known(x[TAG], KINDS, path).get(self, x, like, path)
 
 # %% ../../nbs/engine/24_packer.ipynb #24034ab4
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

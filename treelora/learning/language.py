@@ -167,7 +167,8 @@ def load_language_model(
     if name == "smollm2": return load_smollm2(torch.float32 if dtype == "auto" else dtype, attention)
     try:
         with _no_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision,
+                                                      trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, revision=revision, attn_implementation=attention,
                 trust_remote_code=False, use_safetensors=True)  # no code of others, no pickles

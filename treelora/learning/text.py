@@ -312,7 +312,8 @@ def read_records(
 ) -> list[tuple[str, ...]]:  # their values, in the order of `keys`
     "Read a list of records; `ValueError` naming the file and the record for whatever is wrong with it."
     try: records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error: raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(records, list): raise ValueError(f"{path} should hold a list of records, but holds a {type(records).__name__}.")
     for i, record in enumerate(records):
         where = f"Record {i} (counted from 0) of {path}"
@@ -443,7 +444,8 @@ def _cl_labels(
 ) -> tuple[str, ...]:
     "The labels of a task; `ValueError` if the file is no list of texts."
     try: labels = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error: raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path} should hold a list of labels, each a text.")
     return tuple(labels)

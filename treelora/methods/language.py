@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..engine.ahead import input_of, stack_of, take_activations
 from ..algorithm import VARIANTS
 from ..engine.checkpoint import write_peft
+from ..engine.files import shortened
 from ..learning.language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, generate, prompt_features
 from ..lora import lora_layers
 from .base import Method, check_drawn, drawn, register, tensor_bytes
@@ -330,7 +331,7 @@ class TreeLanguageMethod(WithTree, RoutedText):
 
 def _as_file(name: str) -> str:
     "A task's name as a folder may be called."
-    return re.sub(r"[^\w.-]+", "_", name)
+    return shortened(re.sub(r"[^\w.-]+", "_", name), name)
 
 # %% ../../nbs/methods/04_language.ipynb #1011e4d2
 @register
