@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..learning.places import refuse_unlike
 from ..metrics import op, time_ratio
 from .statistics import ENOUGH, Difference, mean, paired, scores
 from .tables import NAMES, ROWS, same_data, timed
@@ -37,12 +38,16 @@ class Evidence:
         folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
     ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
         """All runs in a folder. Raises `Missing` without any, ValueError when they are of different
-        data."""
+        data or settings."""
         same_data(self.root, stream, folder)
-        found: dict = {}
+        found, alike = {}, {}
         for path in sorted((self.root / stream / folder).glob("*-seed*.json")):
             run = self._read(path, lambda r: _fault_of_run(r, path, stream))
-            if run is not None: found.setdefault(run["config"]["method"], {})[run["config"]["seed"]] = run
+            if run is None: continue
+            method, seed = run["config"]["method"], run["config"]["seed"]
+            found.setdefault(method, {})[seed] = run
+            if path.stem == f"{method}-seed{seed}": alike.setdefault(method, {})[path] = run
+        for runs in alike.values(): refuse_unlike(runs)
         if not found: raise Missing(f"treelora compare --stream {stream} --scale {folder.split('/')[0]}")
         return found
 

@@ -86,7 +86,7 @@ def _data_of(path: Path, changed: int, size: int) -> tuple[tuple[int, str | None
     runs = _part(content, "rows") if path.name in ROWS else [content]
     runs = [r for r in runs if isinstance(r, dict)] if isinstance(runs, list) else []
     said = [(_data_seed(r), _part(r, "sha256.data")) for r in runs]
-    return tuple((seed, data) for seed, data in said if seed is not None)
+    return tuple((seed, data) for seed, data in said if isinstance(seed, int))
 
 
 def _data_seed(result: dict) -> int | None:
