@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..learning.places import refuse_unlike
+from ..learning.places import refuse_mixed
 from ..metrics import op, time_ratio
 from .statistics import ENOUGH, Difference, mean, paired, scores
 from .tables import NAMES, ROWS, same_data, timed
@@ -40,14 +40,11 @@ class Evidence:
         """All runs in a folder. Raises `Missing` without any, ValueError when they are of different
         data or settings."""
         same_data(self.root, stream, folder)
-        found, alike = {}, {}
-        for path in sorted((self.root / stream / folder).glob("*-seed*.json")):
-            run = self._read(path, lambda r: _fault_of_run(r, path, stream))
-            if run is None: continue
-            method, seed = run["config"]["method"], run["config"]["seed"]
-            found.setdefault(method, {})[seed] = run
-            if path.stem == f"{method}-seed{seed}": alike.setdefault(method, {})[path] = run
-        for runs in alike.values(): refuse_unlike(runs)
+        paths, found = sorted((self.root / stream / folder).glob("*-seed*.json")), {}
+        read = {p: self._read(p, lambda r: _fault_of_run(r, p, stream)) for p in paths}
+        refuse_mixed(read)
+        for run in filter(None, read.values()):
+            found.setdefault(run["config"]["method"], {})[run["config"]["seed"]] = run
         if not found: raise Missing(f"treelora compare --stream {stream} --scale {folder.split('/')[0]}")
         return found
 
