@@ -187,3 +187,13 @@ def test_only_this_projects_commit_is_recorded(tmp_path, monkeypatch):
     (tmp_path / "vendor" / "treelora").mkdir(parents=True), (tmp_path / "settings.ini").rename(tmp_path / "vendor" / "settings.ini")
     monkeypatch.setattr(result_page.metrics, "__file__", str(tmp_path / "vendor" / "treelora" / "metrics.py"))
     assert result_page._commit() is None  # a copy inside a foreign repository
+
+
+def test_a_report_never_averages_over_settings_either(tmp_path):
+    from treelora.paper.report import Evidence
+    folder = tmp_path / "s" / "quick"
+    for seed in (0, 1): put(folder, seed, config__epochs=seed + 1)
+    kept = {p: json.loads(p.read_text(encoding="utf-8")) for p in folder.iterdir()}
+    evidence = Evidence(tmp_path)
+    evidence._read = lambda path, fault: kept[path]  # whatever else a report asks of a run
+    with pytest.raises(ValueError, match="was run with epochs=1 and .* with epochs=2"): evidence.runs("s")

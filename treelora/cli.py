@@ -81,7 +81,7 @@ def _asked(args, kind: str) -> dict:
     weights = file_sha256(args.weights) if args.weights and args.weights.is_file() else None
     return {"config": chosen, "sha256": {"weights": weights}}
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #80c09d01
 def _replaced(old: dict | None) -> str:
     "What is said of a result that was there before."
     return f", in place of the one of {old.get('date', 'an unknown date')}" if old else ""
@@ -162,7 +162,7 @@ def _print_table(number: int, results: Path, stream: str | None = None, scale: s
     from treelora.paper.tables import table
     print(table(number, results, stream, scale))
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #cd88c6d1
 def _table(args) -> None:
     from treelora.learning.places import stream_folder
     if args.stream and not (stream_folder(args.results, args.stream) / args.scale).is_dir():
@@ -262,7 +262,7 @@ def _facts(body: list[ast.stmt]) -> dict:
             if isinstance(value, ast.Constant): found[target.id] = value.value
     return found
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #994c5e08
 def _said(name: str, classes: dict[str, ast.ClassDef]) -> dict:
     "The same with what a class has from its bases, of which the first counts most."
     if name not in classes: return {}
@@ -280,7 +280,7 @@ def _trees() -> list[ast.Module]:
              and node.module is None for alias in node.names]
     return [read(name) for name in ("base", *names)]
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #4a66f6dd
 def catalogue() -> list[dict]:
     "What `treelora.methods.list_methods` gives, at once."
     found, known = {}, {}
@@ -299,7 +299,7 @@ def _streams(args) -> None:
     from treelora.streams import list_streams
     for name, scales in list_streams().items(): print(f"{name:22s} {', '.join(scales)}")
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #88230dbe
 def _methods(args) -> None:
     for m in catalogue():
         kinds = f"{' + '.join(m['kinds']):20s}"
@@ -321,12 +321,12 @@ def _bench(args) -> None:
     elif args.what == "serving": print(_serving(args.out, args.quick))
     else: print(bench(args.out, args.quick))
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #be19a270
 def _serving(out: Path | None, quick: bool) -> str:
     from treelora.experiments.serving import run_serving
     return run_serving(out, quick)
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #bf3cd428
 def _bench_training(args) -> None:
     from treelora.experiments.training_time import measure_steps, measure_time, time_table
     if args.what == "steps": return print(measure_steps(args.results))
@@ -416,7 +416,7 @@ def _after_stop(args) -> str:
                 "latest one.")
     return "What was finished is kept in its folder."
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #9ef6ed2f
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the shell
 ) -> int:  # exit code

@@ -30,7 +30,7 @@ def _llama(hidden: int, layers: int) -> nn.Module:
                          num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4)
     return add_adapters(LlamaForCausalLM(config), dropout=0.0).eval()
 
-
+# %% ../../nbs/experiments/13_serving.ipynb #21ee691b
 @torch.no_grad()
 def _drawn(params: Sequence[nn.Parameter], seed: int) -> None:
     "Fill an adapter with small random numbers."
@@ -49,7 +49,7 @@ def learned(model: nn.Module, n: int) -> TreeLoRA:
     for p in tl.params: p.grad = None
     return tl
 
-
+# %% ../../nbs/experiments/13_serving.ipynb #cccdfb50
 def in_peft(model: nn.Module, n: int) -> nn.Module:
     "The same n adapters in PEFT's hands."
     for k in range(n): model.add_adapter(f"t{k}", model.peft_config["default"])
@@ -65,7 +65,7 @@ def _clock(device: torch.device) -> float:
     torch.cuda.synchronize(device)
     return time.perf_counter()
 
-
+# %% ../../nbs/experiments/13_serving.ipynb #363a5a7d
 def _in_turns(calls: Sequence[Callable], repeats: int, device: torch.device) -> list[float]:
     "Median seconds of calls that take turns."
     times = [[] for _ in calls]
@@ -124,7 +124,7 @@ def serving_table(found: list[dict]) -> str:
               f"{r['peft']:16,.0f} {r['ratio']:7.2f}" for r in found]
     return "\n".join(lines)
 
-
+# %% ../../nbs/experiments/13_serving.ipynb #174cb93a
 def run_serving(
     out: str | Path | None = None,  # JSON file to write
     quick: bool = False,  # small sizes, to see that it works

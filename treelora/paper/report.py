@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..learning.places import refuse_mixed
 from ..metrics import op, time_ratio
 from .statistics import ENOUGH, Difference, mean, paired, scores
 from .tables import NAMES, ROWS, same_data, timed
@@ -36,13 +37,13 @@ class Evidence:
         stream: str,
         folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
     ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
-        """All runs in a folder. Raises `Missing` without any, ValueError when they are of different
-        data."""
+        "All runs in a folder. Raises `Missing` without any, ValueError for unlike data or settings."
         same_data(self.root, stream, folder)
-        found: dict = {}
-        for path in sorted((self.root / stream / folder).glob("*-seed*.json")):
-            run = self._read(path, lambda r: _fault_of_run(r, path, stream))
-            if run is not None: found.setdefault(run["config"]["method"], {})[run["config"]["seed"]] = run
+        paths, found = sorted((self.root / stream / folder).glob("*-seed*.json")), {}
+        read = {p: self._read(p, lambda r: _fault_of_run(r, p, stream)) for p in paths}
+        refuse_mixed(read)
+        for run in filter(None, read.values()):
+            found.setdefault(run["config"]["method"], {})[run["config"]["seed"]] = run
         if not found: raise Missing(f"treelora compare --stream {stream} --scale {folder.split('/')[0]}")
         return found
 

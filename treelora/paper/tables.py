@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..learning.places import refuse_unlike, stream_folder
+from ..learning.places import refuse_mixed, stream_folder
 from ..metrics import score_matrix, training_seconds
 from .numbers import TITLES, paper_table
 
@@ -86,7 +86,7 @@ def _data_of(path: Path, changed: int, size: int) -> tuple[tuple[int, str | None
     runs = _part(content, "rows") if path.name in ROWS else [content]
     runs = [r for r in runs if isinstance(r, dict)] if isinstance(runs, list) else []
     said = [(_data_seed(r), _part(r, "sha256.data")) for r in runs]
-    return tuple((seed, data) for seed, data in said if seed is not None)
+    return tuple((seed, data) for seed, data in said if isinstance(seed, int))
 
 
 def _data_seed(result: dict) -> int | None:
@@ -175,19 +175,17 @@ def read_results(
     """Results by method, in order of seed. A file that is damaged, or of another version, is named
     in a warning and left out. Raises ValueError for results of different data or settings."""
     same_data(results, stream, scale)
-    found, alike = {}, {}
+    found, read = {}, {}
     for path in sorted((stream_folder(results, stream) / scale).glob("*-seed*.json")):
         try: result = _checked(path)
         except ValueError as error: warnings.warn(f"{path} is left out: {error}")
         else:
-            method, seed = result["config"]["method"], result["config"]["seed"]
-            found.setdefault(method, []).append(result)
-            # files with a setting in their name are there to be compared, not averaged
-            if path.stem == f"{method}-seed{seed}": alike.setdefault(method, {})[path] = result
-    for runs in alike.values(): refuse_unlike(runs)
+            read[path] = result
+            found.setdefault(result["config"]["method"], []).append(result)
+    refuse_mixed(read)
     return {method: sorted(runs, key=lambda r: r["config"]["seed"]) for method, runs in found.items()}
 
-
+# %% ../../nbs/paper/04_tables.ipynb #892e5a4e
 KINDS = {"config.method": "text", "config.seed": "whole number", "tasks": "list",
          "scores.op": "number", "seconds.train": "number", "memory.stored_bytes": "number"}
 
@@ -199,7 +197,7 @@ def _is(value, kind: str) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)): return False
     return math.isfinite(value) and (kind == "number" or isinstance(value, int))
 
-
+# %% ../../nbs/paper/04_tables.ipynb #49ec0fbf
 def _checked(path: Path) -> dict:
     "One result. Raises ValueError, saying why, for a file that is none, or of another version."
     try: result = json.loads(path.read_text(encoding="utf-8"))
