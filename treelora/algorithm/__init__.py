@@ -42,7 +42,7 @@ def load_adapter(self: TreeLoRA, name: str) -> None:
     if problem := merged(self.model, self.adapter): raise ValueError(problem)
     self.live.write(*self.bank.whole(name))
 
-
+# %% ../../nbs/engine/23_afterwards.ipynb #373ca73e
 @patch
 def record_features(
     self: TreeLoRA,
@@ -63,7 +63,7 @@ def stats(self: TreeLoRA):
     "Features of the tasks, by which inputs are routed."
     return self.router.stats
 
-
+# %% ../../nbs/engine/23_afterwards.ipynb #23d2a081
 @patch
 def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tensor:  # (n, F) -> (n,)
     "Which task each input belongs to, in the order of `tl.bank.names`: the one with the nearest group. `beam` matters beyond 100,000 groups only. Raises ValueError when a task has no features."
@@ -124,7 +124,7 @@ def look(
     if now.looked >= now.search_rounds: self._settle(now)
     return now.searching
 
-
+# %% ../../nbs/engine/23_afterwards.ipynb #2da674c6
 @patch
 @property
 def found(self: TreeLoRA) -> dict | None:
@@ -243,7 +243,7 @@ def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an old
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is training; save after it has ended.")
     self.store.save(folder, self.tree, self.initial, self.config)
 
-
+# %% ../../nbs/engine/23_afterwards.ipynb #07d08052
 @patch
 @classmethod
 def load(

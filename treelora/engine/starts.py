@@ -76,7 +76,7 @@ def beside(self: Starts, start: Start) -> torch.Tensor | None:  # (E,)
     tasks = start.tasks if start.kind == "node" else start.tasks[:1]
     return torch.stack([self.bank.whole(task)[1] for task in tasks]).mean(0)
 
-
+# %% ../../nbs/engine/30_starts.ipynb #5fd1b023
 @patch
 def whole(self: Starts, start: Start, initial: torch.Tensor) -> tuple:  # (L, D), (E,)
     "The adapter of a start, and what is kept beside it."

@@ -342,7 +342,7 @@ def check_starts(starts, state: State) -> None:
         need(task in names, f"has {short(task)}, which is no task")
         check_start(start, names[:names.index(task)])
 
-
+# %% ../../nbs/engine/35_validate.ipynb #4673b2fc
 def check_race(race, names: list[str]) -> None:
     "Starts that were looked at. Raises Wrong."
     if race is None: return
@@ -382,7 +382,8 @@ def check_task(
     for name in ("rounds", "epoch"):
         need(task[name] is None or is_whole(task[name]), f"has {name} = {short(task[name])}")
     need(isinstance(task["recent"], bool), f"has recent = {short(task['recent'])}")
-    check_looks(task, n_tasks), check_counts(task, tensors), check_race(task.get("race"), names)
+    check_looks(task, n_tasks), check_counts(task, tensors)
+    check_race(task.get("race"), names)
     for name in ("adapter", "before"): check_tensor(tensors, name, block)
     check_tensor(tensors, "total", block, finite=False)
     for name, dims in (("arms", (0, 1)), ("picks", (1, 2)), ("losses.arms", (1, 2))):

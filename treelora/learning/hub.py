@@ -6,7 +6,7 @@
 __all__ = ['REPOSITORY', 'CITATION', 'OURS', 'is_repository', 'task_folder', 'write_adapters', 'model_card', 'push', 'pull']
 
 # %% ../../nbs/learning/15_hub.ipynb #77a00004
-import json, os, re, shutil, tempfile
+import json, os, re, tempfile
 from contextlib import suppress
 from pathlib import Path
 

@@ -7,7 +7,7 @@ __all__ = ['GREY', 'BAD', 'TESTS', 'ENDINGS', 'IMAGES', 'LABELS', 'READERS', 'Sp
 
 # %% ../../nbs/learning/17_images.ipynb #85269832
 import io, json, re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
