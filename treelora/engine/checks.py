@@ -25,7 +25,7 @@ def peft_layers(model: nn.Module) -> list[nn.Module]:
     "The layers that PEFT has given LoRA matrices, of whatever adapter."
     return [m for m in model.modules() if "lora_A" in m._modules]
 
-
+# %% ../../nbs/engine/32_checks.ipynb #d5562db2
 def names_of(layer: nn.Module) -> list[str]:
     "The adapters that a layer of PEFT has."
     parts = [layer._modules.get(kind) for kind in ("lora_A", "lora_embedding_A")]

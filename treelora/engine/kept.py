@@ -26,7 +26,7 @@ def unwrapped(
     "The model inside `torch.compile`'s wrapper."
     return getattr(model, "_orig_mod", model)
 
-
+# %% ../../nbs/engine/31_kept.ipynb #6a22222d
 def _plain(name: str) -> str:
     "A name without what compiled modules add to it."
     return name.replace("_orig_mod.", "")

@@ -45,7 +45,7 @@ def _open(path: Path):
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
 
-
+# %% ../../nbs/engine/36_lock.ipynb #5a5e08e1
 def _still_there(file, path: Path) -> bool:
     "Whether an open file is the one of this name."
     try: return os.path.samestat(os.fstat(file.fileno()), os.stat(path))

@@ -27,12 +27,12 @@ from ..tree.node import SCORES
 class Wrong(ValueError):
     "What is wrong with a value: the end of a sentence that begins with its name."
 
-
+# %% ../../nbs/engine/35_validate.ipynb #8056e34e
 def need(true: bool, problem: str) -> None:
     "Raise Wrong unless something is true."
     if not true: raise Wrong(problem)
 
-
+# %% ../../nbs/engine/35_validate.ipynb #1a563c39
 def short(value) -> str:
     "A value in few letters."
     text = ascii(value)
