@@ -22,7 +22,7 @@ from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.kept import parts_of
-from ..engine.loops import Loop, uncut
+from ..engine.loops import Loop
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
@@ -30,7 +30,6 @@ from ..engine.signals import SIGNALS
 from ..engine.starts import Starts
 from ..engine.store import Store
 from ..engine.task import TaskInProgress
-from ..lora import lora_layers
 from ..signature import get_signature
 from ..sparse import keep_top_
 from ..tree import TaskTree
@@ -51,7 +50,6 @@ class TreeLoRA:
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
         self.model = check_model(model, o.adapter, not o.frozen)
-        uncut(lora_layers(self.model, o.adapter))
         self.layout, self.kept = parts_of(self.model, o.adapter, o.keep, o.shared)
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder, self.kept), TaskTree(o.split, o.depth, o.budget)
         self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
@@ -108,7 +106,6 @@ def _check_task(self: TreeLoRA, name: str, rounds: int | None) -> None:
     if self.options.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")
     if self._paused is not None: self._paused.check(name)
     check_layers(self.model, self.options.adapter, self.layout)
-    uncut(lora_layers(self.model, self.options.adapter))
     self.kept.check()
 
 # %% ../../nbs/core/07_algorithm.ipynb #8ad895d3
@@ -167,7 +164,7 @@ def _end(self: TreeLoRA, now: TaskInProgress) -> None:
     if self.options.races: self._keep_start(now)
     if self.bank.folder is not None and self.tree.budget is None:  # the rows are shared
         self.tree.share(now.name, self._tree_rows(self.bank.signatures[-1]))
-    self.stats.add(now.stats)
+    self.router.stats.add(now.stats)
     self.last, now.signature, now.stats, now.before = now, None, None, None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .loops import uncut
 from ..lora import LoRALinear, lora_layers, lora_modules, variant
 from ..patch import patch
 from ..signature import Layout
@@ -103,6 +104,7 @@ def check_model(
     "Raise ValueError with the first sentence that fits a model."
     for question in QUESTIONS + TRAINING * trains:
         if problem := question(model, adapter): raise ValueError(problem)
+    uncut(lora_layers(model, adapter))
     return model._modules.get("_orig_mod", model)
 
 # %% ../../nbs/engine/32_checks.ipynb #b4028642
