@@ -358,7 +358,7 @@ def test_a_frozen_model_answers_and_does_not_train(saved):
 def test_what_trains_outside_the_adapter_may_differ(tmp_path):
     model = make()
     model.base_model.model.head.requires_grad_(True)
-    tl = TreeLoRA(model)
+    tl = TreeLoRA(model, shared="head")
     train(tl, "one")
     tl.save(tmp_path)
     other = make()

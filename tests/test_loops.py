@@ -137,8 +137,9 @@ def test_an_adapter_that_is_held_still_moves_by_zero(signal):
 
 
 def test_a_head_beside_the_adapter_keeps_its_memory():
-    tl = made()
-    head = tl.model.base_model.model.head.requires_grad_(True)
+    model = made().model
+    head = model.base_model.model.head.requires_grad_(True)
+    tl = TreeLoRA(model, shared="head")
     opt = torch.optim.AdamW([*tl.params, *head.parameters()], 0.02)
     train(tl, "ab", shared=opt)
     assert opt.state[head.weight]["step"] == 16 and opt.state[tl.params[0]]["step"] == 8

@@ -110,7 +110,7 @@ def check_model(
 # %% ../../nbs/engine/32_checks.ipynb #b4028642
 def check_layers(model: nn.Module, adapter: str, layout: Layout) -> None:
     "Raise ValueError when a model cannot train, or has other layers than a layout."
-    now = {x.name: (x.A, x.B) for x in lora_layers(model, adapter)}
+    now = {x.name: (x.A, x.B) for x in uncut(lora_layers(model, adapter))}
     then = dict(zip(layout.names, zip(layout.params[::2], layout.params[1::2])))
     changed = [n for n in now | then if not _same_pair(now.get(n), then.get(n))]
     if not changed:
