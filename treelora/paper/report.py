@@ -37,8 +37,7 @@ class Evidence:
         stream: str,
         folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
     ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
-        """All runs in a folder. Raises `Missing` without any, ValueError when they are of different
-        data or settings."""
+        "All runs in a folder. Raises `Missing` without any, ValueError for unlike data or settings."
         same_data(self.root, stream, folder)
         paths, found = sorted((self.root / stream / folder).glob("*-seed*.json")), {}
         read = {p: self._read(p, lambda r: _fault_of_run(r, p, stream)) for p in paths}
