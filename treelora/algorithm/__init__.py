@@ -230,4 +230,4 @@ def device_bytes(self: TreeLoRA) -> int:
     return self.live.scratch_bytes + self.pull.scratch_bytes + bytes_of(running)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #0e01ad56
-explain(TreeLoRA.__init__, Options)
+explain(TreeLoRA.__init__, Options)  # for help()
