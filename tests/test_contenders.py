@@ -81,7 +81,7 @@ def saved_runs(folder, levels):
     folder.mkdir(parents=True)
     for method, scores in levels.items():
         for seed, op in enumerate(scores):
-            result = {"format": 1, "config": {"stream": "cldr", "scale": "quick", "method": method, "seed": seed}, "scores": {"op": op, "bwt": 0.01}, "tasks": ["a"], "R": [[op]], "seconds": {"train": 1.0}, "device": "none"}
+            result = {"format": 1, "config": {"stream": "cldr", "scale": "quick", "method": method, "seed": seed}, "scores": {"op": op, "bwt": 0.01}, "memory": {"stored_bytes": 0}, "tasks": ["a"], "R": [[op]], "seconds": {"train": 1.0}, "device": "none"}
             (folder / f"{method}-seed{seed}.json").write_text(json.dumps(result))
 
 
