@@ -328,4 +328,4 @@ def __getstate__(self: TreeLoRA) -> dict:
                      "or keep tl.state().")
 
 # %% ../../nbs/engine/23_afterwards.ipynb #0e01ad56
-explain(TreeLoRA.__init__, Options)
+explain(TreeLoRA.__init__, Options)  # for help()

@@ -39,13 +39,12 @@ def argument_comments(
 def explain(
     function: Callable,
     options: type | None = None,  # dataclass that takes the arguments handed on
-) -> Callable:  # the same function
+) -> None:
     "Add the arguments' comments to a docstring; without a source, leave it as it is."
     try:
         own = argument_comments(function)
         more = argument_comments(options) if options else {}
-    except (OSError, TypeError, SyntaxError): return function
+    except (OSError, TypeError, SyntaxError): return
     told = {k: v for k, v in (own | more).items() if v and k != "self"}
     lines = [f"    {name}: {comment}" for name, comment in told.items()]
     function.__doc__ = "\n".join([function.__doc__ or "", "Arguments:", *lines]).strip()
-    return function
