@@ -1,7 +1,11 @@
 "Anybody's loop: one optimiser for all tasks, accumulation, evaluation inside a task, odd precisions, threads and forks, failures, and wrong arguments."
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -566,13 +570,13 @@ def test_one_trainer_for_two_tasks(tmp_path):
 
 # engines that cut adapters up
 
-@pytest.mark.parametrize("engine, words", [("deepspeed", "takes its step inside backward, before a callback could act"), ("fsdp", "FSDP cuts it up")])
-def test_the_callback_says_what_an_engine_lacks(engine, words, tmp_path):
-    tl = TreeLoRA(tiny_model())
+@pytest.mark.parametrize("engine, options, words", [("deepspeed", dict(penalty="prox"), 'With DeepSpeed the callback works with signal="stored", penalty="l1" and init="last"'), ("fsdp", {}, "needs each gradient as a whole; FSDP cuts it up.*ZeRO-2.*treelora.engine.shard")])
+def test_the_callback_says_what_an_engine_lacks(engine, options, words, tmp_path):
+    tl = TreeLoRA(tiny_model(), **options)
     before, callback = tl.live.read(), TreeLoraCallback(tl, "up")
     made = trainer(tl, [], tmp_path)
     setattr(made.args, engine, "on")
-    with pytest.raises(ValueError, match=f"each gradient as a whole, between backward and the optimiser's step; .*{words}.*treelora.engine.shard"):
+    with pytest.raises(ValueError, match=words):
         callback.on_train_begin(made.args, made.state, made.control, model=tl.model, train_dataloader=made.get_train_dataloader())
     assert torch.equal(tl.live.read(), before) and tl._now is None
 
@@ -606,4 +610,70 @@ def test_flattened_adapters_are_refused_when_a_task_begins():
 def test_parameters_of_a_deepspeed_engine_are_refused():
     tl = made()
     tl.params[0]._hp_mapping = None
-    with pytest.raises(ValueError, match="DeepSpeed's ZeRO keeps gradients and weights of these adapters in parts of its own"): tl.task("a")
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO keeps the gradients of these adapters in parts of its own"), tl.task("a"): tl.step()
+    tl.params[0].ds_id = 0
+    with pytest.raises(ValueError, match="cut up by DeepSpeed's ZeRO stage 3"): tl.task("a")
+
+
+ZERO = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import deepspeed.comm
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # needs minutes of a compiler
+from test_trainer import TASKS, TreeLoRA, tiny_model, with_trainer
+torch.set_num_threads(1)
+config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+config |= {k: "auto" for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
+tl = with_trainer(TreeLoRA(tiny_model()), sys.argv[2], ["up", "down"], per_device_train_batch_size=4, deepspeed=config, ddp_backend="gloo")
+torch.save((tl.bank.adapters, tl.bank.signatures), f"{sys.argv[2]}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+@SLOW
+def test_deepspeeds_zero_2_takes_the_steps_of_one_process(tmp_path):
+    "Where DeepSpeed is installed; TREELORA_DEEPSPEED names another environment's python that has it."
+    python = os.environ.get("TREELORA_DEEPSPEED") or sys.executable
+    if subprocess.run([python, "-c", "import importlib.util as u; assert u.find_spec('deepspeed')"], capture_output=True).returncode: pytest.skip("DeepSpeed is not installed")
+    (tmp_path / "script.py").write_text(ZERO)
+    done = subprocess.run([python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path)],
+                          capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    (a, s), (b, t) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(a, b) and torch.equal(s, t)
+    one = with_bare_loop(TreeLoRA(tiny_model()), ["up", "down"])
+    off = [(a - one.bank.adapters).abs().max().item(), (s - one.bank.signatures).abs().max().item()]
+    print("ZeRO-2 in two processes: adapters and signatures are off by", *off)
+    assert max(off) < 1e-5
+
+
+CUT_UP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, fully_shard
+from test_loops import TreeLoRA, made
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+def refuses(f, words):
+    try: f()
+    except ValueError as error: assert words in str(error), error
+    else: raise AssertionError(f"{words}: nothing was refused")
+mesh = torch.distributed.init_device_mesh("cpu", (2,))
+tl = made()
+FSDP(tl.model, use_orig_params=True, device_id=torch.device("cpu"))
+refuses(lambda: tl.task("a"), "flattened by FSDP; leave the adapters out")
+refuses(lambda: TreeLoRA(tl.model), "flattened by FSDP; leave the adapters out")
+tl = made()
+fully_shard(tl.model, mesh=mesh)
+refuses(lambda: tl.task("a"), "cut up over processes (DTensor); leave the adapters out")
+refuses(lambda: TreeLoRA(tl.model), "cut up over processes (DTensor); leave the adapters out")
+torch.distributed.destroy_process_group()
+"""
+
+
+@SLOW
+def test_adapters_cut_up_over_two_processes_are_refused(tmp_path):
+    (tmp_path / "script.py").write_text(CUT_UP)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py"), str(Path(__file__).parent)],
+                          capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]

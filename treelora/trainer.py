@@ -23,6 +23,7 @@ from .algorithm import TreeLoRA
 from .engine.files import FORMAT, read_state, write_state
 from .engine.resume import restore_task, task_state
 from .engine.validate import check_running, check_state
+from .engine.zero import ZeroRounds
 
 # %% ../nbs/learning/14_trainer.ipynb #147aa0cc
 class Batches:
@@ -143,6 +144,7 @@ class RunningTask:
     def __init__(self, tl: TreeLoRA, task: str):
         self.tl, self.task = tl, task
         self._context = self._state = self._batches = None  # of the running task
+        self._zero = None  # rounds inside DeepSpeed's engine
 
     def _open(self, context, state, model: nn.Module) -> None:
         "Begin the task."
@@ -163,6 +165,8 @@ class RunningTask:
     def _close(self):
         "Take the hooks off and hand out the task's context, still to be left."
         if self._batches: self._batches.remove()
+        if self._zero: self._zero.remove()
+        self._zero = None
         context, self._context, self._state, self._batches = self._context, None, None, None
         self.tl.run = None
         return context
@@ -186,8 +190,11 @@ def _check_training(task: RunningTask, args, state, model: nn.Module) -> None:
     if any(id(p) not in inside for p in tl.params):
         raise ValueError(f"The Trainer's {type(model).__name__} does not hold the LoRA layers of this TreeLoRA; "
                          "call get_peft_model first, then make TreeLoRA and Trainer from the same model.")
-    engine = "DeepSpeed's engine takes its step inside backward, before a callback could act" if args.deepspeed else "FSDP cuts it up" if args.fsdp else None
-    if engine: raise ValueError(f"TreeLoraCallback needs each gradient as a whole, between backward and the optimiser's step; {engine}. Use one GPU or DDP, or a loop of your own with treelora.engine.shard.")
+    if args.fsdp: raise ValueError("TreeLoraCallback needs each gradient as a whole; FSDP cuts it up. Use one GPU, DDP or DeepSpeed's ZeRO-2, or a loop of your own with treelora.engine.shard.")
+    plain = (tl.signal, tl.penalty, tl.init) == ("stored", "l1", "last") and not state.global_step
+    if args.deepspeed and not plain:
+        raise ValueError('With DeepSpeed the callback works with signal="stored", penalty="l1" and init="last", and cannot resume: '
+                         "its optimiser moves a copy of the adapter, which nothing else may change. Use one GPU or DDP for the rest.")
     if task._wants_batches and max(args.world_size, args.n_gpu) > 1:
         raise ValueError(f"signal={tl.signal!r} and penalty={tl.penalty!r} look at the loss of one process; "
                          'with several, use signal="stored" and penalty="l1" or "prox".')
@@ -242,7 +249,7 @@ class TreeLoraCallback(RunningTask, TrainerCallback):
         super().__init__(tl, task)
         self.checkpoint = checkpoint
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         "Open the task, or go on with it."
         _check_training(self, args, state, model)
         adapter, folder = self.tl.live.read(), Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / "treelora"
@@ -254,13 +261,16 @@ class TreeLoraCallback(RunningTask, TrainerCallback):
             self.tl._restore(*saved[0])
             self.tl.live.write(saved[1][1]["before"], saved[1][1].get("before.kept"))
         self._open(context, state, model)
-        try: restore_task(self.tl._open(), self.tl.live, *saved[1]) if saved else _look(self.tl, model, train_dataloader, args)
+        try:
+            restore_task(self.tl._open(), self.tl.live, *saved[1]) if saved else _look(self.tl, model, train_dataloader, args)
+            if args.deepspeed: self._zero = ZeroRounds(optimizer, self.tl.step)
         except BaseException:
             self.abort()
             raise
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        "One round, unless a GradScaler is about to leave the optimiser step out."
+        "One round, unless a GradScaler is about to leave the optimiser step out, or DeepSpeed's engine has played it."
+        if self._zero: return
         try:
             if will_step(optimizer): self.tl.step(self._loss())
         except BaseException:

@@ -22,7 +22,7 @@ from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.kept import parts_of
-from ..engine.loops import Loop
+from ..engine.loops import Loop, no_gradient
 from ..engine.options import VARIANTS, Options, one_of
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
@@ -228,8 +228,7 @@ def _open(self: TreeLoRA) -> TaskInProgress:
 def _grads(self: TreeLoRA) -> list[torch.Tensor]:
     "Gradients of all adapters."
     grads = [p.grad for p in self.params]
-    if any(g is None for g in grads):
-        raise ValueError("step() found adapters without a gradient; call loss.backward() before it, and zero_grad() after the optimiser's step.")
+    if any(g is None for g in grads): raise ValueError(no_gradient(self.params))
     return grads
 
 
