@@ -62,7 +62,8 @@ def _fit(search: Search, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
     own = _tensors_of(search)
     theirs = {k[7:]: x for k, x in tensors.items() if k.startswith("search.")}
     same = all(k in theirs and theirs[k].shape == x.shape for k, x in own.items())
-    if plain.keys() == _numbers_of(search).keys() and same and "rng" in theirs: return
+    # a state of an older version may lack some numbers
+    if plain.keys() <= _numbers_of(search).keys() and same and "rng" in theirs: return
     raise ValueError(f"The state's search is not this task's {type(search).__name__}; "
                      "it is damaged, or from other settings or another version.")
 
