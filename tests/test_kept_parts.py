@@ -361,3 +361,28 @@ def test_checkpoints_hold_all_that_belongs_to_the_adapter(options, tmp_path):
     assert torch.equal(PeftModel.from_pretrained(base(), str(tmp_path))(X), wanted["t1"])
     found, now = read_peft(tl.model, tmp_path), dict(tl.model.named_parameters())
     assert found.keys() == peft_names(tl.model).keys() and all(torch.equal(x, now[n]) for n, x in found.items())
+
+
+def test_one_optimiser_for_all_tasks_forgets_what_is_kept_too():
+    "A head that is kept per task begins each task as with an optimiser of its own."
+    def learned(one):
+        tl = TreeLoRA(net(), lam=0.01)
+        make = lambda: torch.optim.AdamW([*tl.params, *tl.kept.params], 0.02)
+        optimizer = make()
+        for k in range(3):
+            if not one: optimizer = make()
+            with tl.task(f"t{k}"):
+                for _ in range(4): step(tl, k, optimizer)
+        return tl.live.whole()
+    for a, b in zip(learned(True), learned(False)): assert torch.equal(a, b)
+
+
+def test_a_search_in_steps_holds_what_is_kept_still():
+    tl, _ = trained(init="branch", penalty="prox", search_rounds=3)
+    optimizer = torch.optim.AdamW([*tl.params, *tl.kept.params], 0.02)
+    with tl.task("new"):
+        before = tl.live.whole()
+        for _ in range(2): step(tl, 2, optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(tl.live.whole(), before))
+        for _ in range(4): step(tl, 2, optimizer)
+    assert not torch.equal(tl.live.whole()[1], before[1])

@@ -197,7 +197,8 @@ def _compare(self: TreeLoRA, now: TaskInProgress) -> None:
 @patch
 def _hold(self: TreeLoRA, now: TaskInProgress) -> None:
     "A step that only looked for the branch: without gradients, the adapter stays still."
-    for p in self.params: p.grad = None  # an optimiser moves what has a gradient of zero
+    # an optimiser moves what has a gradient of zero
+    for p in self.params + self.kept.params: p.grad = None
     now.held += 1
     if now.looked >= now.search_rounds or now.held >= now.most_held: self._settle(now)
 

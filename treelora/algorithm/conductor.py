@@ -116,7 +116,7 @@ def _task(self: TreeLoRA, name: str, rounds: int | None, epoch: int | None) -> I
     self._check_task(name, rounds)  # once more: another one may have begun meanwhile
     paused, self._paused = self._paused, None
     before = self.live.whole() if paused is None else paused.before
-    loop = Loop(self.model, self.params, self.pull)
+    loop = Loop(self.model, self.params + self.kept.params, self.pull)
     try:
         self._now = loop.now = self._begin(name, rounds, epoch)
         self._now.before = before

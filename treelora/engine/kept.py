@@ -212,6 +212,13 @@ def _places(self: Kept) -> dict[int, int]:
             places.setdefault(id(t), layer)
     return places
 
+# %% ../../nbs/engine/31_kept.ipynb #ae779667
+@patch
+@property
+def params(self: Kept) -> list[nn.Parameter]:
+    "The parts that train; others are buffers."
+    return [t for t in self.parts.values() if isinstance(t, nn.Parameter)]
+
 # %% ../../nbs/engine/31_kept.ipynb #d78785be
 @patch
 def views(
