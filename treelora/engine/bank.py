@@ -25,7 +25,7 @@ class Block:
     def __init__(
         self,
         shape: tuple[int, ...],  # (L, D)
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,  # None: PyTorch's default
     ):
         self.room = torch.empty(0, *shape, dtype=dtype)
 
@@ -127,9 +127,10 @@ class Bank:
 
     def _block(self, kind: str) -> Block:
         "An empty block, in memory or in a file."
-        shape, dtype = (self.layout.n_layers, self.layout.width), torch.float32
+        shape, dtype = (self.layout.n_layers, self.layout.width), None
         if kind == "kept": shape, dtype = (len(self.kept),), self.kept.dtype
-        return Block(shape, dtype) if self.folder is None else FileBlock(shape, self.folder, dtype)
+        if self.folder is None: return Block(shape, dtype)
+        return FileBlock(shape, self.folder, dtype or torch.float32)
 
     def __len__(self): return len(self.names)
     def __contains__(self, name): return name in self.names
