@@ -67,7 +67,9 @@ def _attempt(path: Path):
 # %% ../../nbs/engine/36_lock.ipynb #dd6e2315
 def _busy(path: Path) -> ValueError:
     "The sentence of whoever comes second."
-    try: number, _, machine = path.read_text(errors="replace")[:200].partition(" ")
+    try:
+        said = path.read_text(encoding="utf-8", errors="replace")[:200]
+        number, _, machine = said.partition(" ")
     except OSError: number = machine = ""
     who = f" (process {number} on {machine})" if number.isdigit() else ""
     if machine == platform.node(): gone = ""

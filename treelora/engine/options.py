@@ -41,9 +41,7 @@ class Options:
     # where a task starts, and who answers
     init: str = "last"  # where a task starts: "last" adapter, "fresh" weights or its "branch"
     inference: str = "latest"  # which adapter predicts: the "latest", or "routed" by features
-    # with init="branch": looks for it, at most; a float: for each earlier task; None: two for
-    # each, 64 in all
-    search_rounds: int | float | None = None
+    search_rounds: int | float | None = None  # with init="branch": looks for it, at most; a float: for each earlier task; None: two for each, 64 in all
     starts: tuple[str, ...] = ("leaf",)  # with init="branch": what the search may choose, some of KINDS
     # the parts in detail
     split: str = "axis"  # rule of the tree's cuts
