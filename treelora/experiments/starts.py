@@ -27,7 +27,8 @@ from ..tree import TaskTree
 # %% ../../nbs/experiments/12_starts.ipynb #34e65d21
 def load_starts(results: str | Path) -> list[dict]:
     "All records of starts: of kind `first`, `start` and `tree` (`what`)."
-    return json.loads((Path(results) / "starts" / "measured.json").read_text())
+    path = Path(results) / "starts" / "measured.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/experiments/12_starts.ipynb #77facd2e
 def measured(
@@ -170,7 +171,8 @@ class Records:
 
     def __init__(self, path: str | Path, **mark):  # what all new records say: seed, data, ...
         self.path, self.mark = Path(path), mark
-        self.rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        known = self.path.exists()
+        self.rows = json.loads(self.path.read_text(encoding="utf-8")) if known else []
 
     def get(self, what: str, task: str, start: str) -> dict | None:
         "The record of this seed that is there."
