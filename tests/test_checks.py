@@ -168,6 +168,7 @@ def test_merged_adapters_take_no_others(tmp_path):
 
 # Compiled models
 
+@pytest.mark.slow
 def test_states_of_compiled_and_plain_models_fit(tmp_path):
     model = make()
     compiled = torch.compile(model, backend="eager")

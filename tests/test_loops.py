@@ -461,6 +461,7 @@ def with_parts(folder, size, accumulate, **options):
     return tl
 
 
+@pytest.mark.slow
 def test_accumulation_in_the_trainer_is_the_whole_batch(tmp_path):
     whole = with_parts(tmp_path, SIZE, 1)
     cut = with_parts(tmp_path, SIZE // 4, 4)
@@ -494,6 +495,7 @@ def named(kind, **options):
     return TreeLoRA(model, adapter="mine", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("default", marks=SLOW), "beside another", pytest.param("alone", marks=SLOW)])
 def test_resume_in_the_middle_of_a_shuffled_epoch(kind, tmp_path):
     "Two epochs of five steps; cut off after step 7, resumed from step 6, with dropout."
@@ -538,6 +540,7 @@ def test_a_best_checkpoint_without_the_adapter_is_said(tmp_path):
     assert tl.bank.names == ["two"]
 
 
+@pytest.mark.slow
 def test_metrics_and_evaluation_without_label_names(tmp_path):
     "Metrics are there, and a run that evaluates is the one without our callback, dropout and all (the Trainer's evaluation draws by itself)."
     def run(callback, **options):
@@ -554,6 +557,7 @@ def test_metrics_and_evaluation_without_label_names(tmp_path):
     assert [h["eval_right"] for h in made.state.log_history if "eval_right" in h] == [h["eval_right"] for h in ours.state.log_history if "eval_right" in h] != []
 
 
+@pytest.mark.slow
 def test_one_trainer_for_two_tasks(tmp_path):
     "Its optimiser is the same object in the second task."
     one, two = TreeLoRA(tiny_model(), penalty="prox"), TreeLoRA(tiny_model(), penalty="prox")
