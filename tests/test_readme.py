@@ -38,7 +38,7 @@ def test_the_loop_of_the_first_snippet(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_readme_says_of_the_first_snippet(seed):
-    "About half of all digits with the penalty, about a fifth without."
+    "About half of all digits with the penalty, little more than a quarter without."
     share = {}
     for lam in ("0.1", "0"):
         torch.manual_seed(seed)
@@ -46,7 +46,7 @@ def test_what_readme_says_of_the_first_snippet(seed):
         right = [(made["model"].eval()(images).argmax(1) == labels).float().mean().item()
                  for task in made["stream"] for images, labels in made["stream"].loader(task, "test", batch_size=100)]
         share[lam] = sum(right) / len(right)
-    assert 0.4 < share["0.1"] < 0.65 and 0.15 < share["0"] < 0.27
+    assert 0.4 < share["0.1"] < 0.65 and 0.2 < share["0"] < 0.34
 
 
 def test_the_trainer_of_the_second_snippet(tiny_language, tmp_path, monkeypatch):

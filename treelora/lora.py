@@ -113,7 +113,6 @@ def extra_repr(self: LoRALinear) -> str:
     return f"r={self.r}, scale={self.scale:g}, parts={self.parts}"
 
 # %% ../nbs/core/02_lora.ipynb #c8ee1e1b
-#| code-fold: true
 @patch
 @property
 def weight(self: LoRALinear) -> torch.Tensor:  # (out_features, in_features)
@@ -128,7 +127,6 @@ def weight(self: LoRALinear) -> torch.Tensor:  # (out_features, in_features)
     return self.base.weight + self.spread(BA.permute(2, 0, 1)).T
 
 # %% ../nbs/core/02_lora.ipynb #071311db
-#| code-fold: true
 @patch
 @property
 def bias(self: LoRALinear) -> torch.Tensor | None:  # (out_features,)

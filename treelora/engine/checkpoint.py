@@ -52,6 +52,11 @@ def _all(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: x for n, x in (*model.named_buffers(), *model.named_parameters()) if not isinstance(x, DTensor)}
 
 
+def _cut(model: nn.Module) -> set[str]:
+    "The names of the sharded ones."
+    return {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+
+
 @torch.no_grad()
 def _marks(model: nn.Module) -> dict[str, tuple]:
     "Version and norm of each weight: writing through `.data` leaves the version, but hardly the norm."
@@ -67,12 +72,15 @@ class Weights:
     def __init__(self, model: nn.Module):
         self.model, self.start = model, _marks(model)
         self.trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        self.cut = _cut(model)  # after a forward pass they may be whole for a while
 
     def changed(self) -> dict[str, torch.Tensor]:
         "The weights that a checkpoint must hold."
         self.trained |= {n for n, p in self.model.named_parameters() if p.requires_grad}
-        marks, all_ = _marks(self.model), _all(self.model)
-        return {n: x for n, x in all_.items() if n in self.trained or marks[n] != self.start.get(n)}
+        self.cut |= _cut(self.model)
+        marks = _marks(self.model)
+        return {n: x for n, x in _all(self.model).items() if n not in self.cut
+                and (n in self.trained or marks[n] != self.start.get(n))}
 
     def modes(self) -> dict:
         "Which parameters train, and which modules are in training mode."
@@ -87,6 +95,8 @@ class Weights:
     ) -> None:
         "Make the model what it was. Raises ValueError for weights that it does not have."
         have, trains = _all(self.model), set(modes["trains"])
+        cut = self.cut | _cut(self.model)
+        weights = {n: x for n, x in weights.items() if n not in cut}
         if unknown := [n for n, x in weights.items() if n not in have or have[n].shape != x.shape]:
             raise ValueError(f"The checkpoint has weights that the model, as it is built, lacks or has in another shape, such as {unknown[0]}; a method whose model grows needs a `restore` of its own.")
         for name, x in weights.items(): have[name].copy_(x)
