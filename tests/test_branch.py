@@ -256,3 +256,8 @@ def test_a_single_look_takes_whom_the_search_wants(make_net):
 @pytest.mark.parametrize("rounds, n, looks", [(None, 3, 6), (None, 50, 64), (7, 50, 7), (0.5, 1, 1), (0.5, 48, 24), (2.0, 48, 96)])
 def test_looks_for_each_task_grow_with_them(rounds, n, looks):
     assert Options(search_rounds=rounds).looks(n) == looks
+
+
+@pytest.mark.parametrize("rounds", [0.0, -0.5, float("nan"), float("inf")])
+def test_looks_for_each_task_are_more_than_none_and_finite(rounds):
+    with pytest.raises(ValueError, match="must be more than none, and a finite number"): Options(search_rounds=rounds)
