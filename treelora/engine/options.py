@@ -95,12 +95,12 @@ def races(self: Options) -> bool:
 @patch
 def looks(self: Options, n: int) -> int:
     """How many looks at n earlier tasks the search for a branch may take. Raises ValueError
-    for a share that is not positive."""
+    for a share that is not positive and finite."""
     if self.search_rounds is None: return min(2 * n, 64)
     if not isinstance(self.search_rounds, float): return self.search_rounds
     if 0 < self.search_rounds < math.inf: return math.ceil(self.search_rounds * n)
     raise ValueError(f"search_rounds={self.search_rounds} looks for each earlier task must be "
-                     "more than none.")
+                     "more than none, and a finite number.")
 
 # %% ../../nbs/engine/22_options.ipynb #efe2da2a
 def one_of(what: str, value: str, known) -> str:
