@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from treelora.algorithm import TreeLoRA
+from treelora.engine.checkpoint import fingerprint, weights_sha256
 from treelora.engine.checks import ModelRecord, Weight, as_text, base_weights, checksum, difference, from_text
 from treelora.learning.hub import pull, push
 from treelora.lora import LoRALinear, add_lora, adapters_off, lora_layers, row_adapters
@@ -462,3 +463,13 @@ def test_adapters_by_row(case):
         with pytest.raises(ValueError, match=f"{words}.*run the model once a task instead"):
             with served: pass
     assert same(state(model), before) and torch.equal(answers(model), right)
+
+
+def test_a_record_leaves_the_weights_own_storage_alone(tmp_path):
+    "Storage that NumPy has seen can never be resized again, which is what FSDP does after each backward pass."
+    model = ours()
+    tl = TreeLoRA(model)
+    train(tl, "one")
+    tl.save(tmp_path)
+    fingerprint(model), weights_sha256(base_weights(model))
+    assert all(x.untyped_storage().resizable() for x in base_weights(model).values())

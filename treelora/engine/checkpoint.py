@@ -114,7 +114,7 @@ def fingerprint(
     for name, x in sorted((*model.named_buffers(), *model.named_parameters())):
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         flat = (x.full_tensor() if isinstance(x, DTensor) else x).detach().reshape(-1)  # a sharded weight is put together
-        if name not in skip and len(flat): digest.update(flat[:: max(1, len(flat) // 256)][:256].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if name not in skip and len(flat): digest.update(flat[:: max(1, len(flat) // 256)][:256].cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0052
@@ -139,7 +139,7 @@ def weights_sha256(
     digest = hashlib.sha256()
     for name, x in sorted(weights.items()):
         whole = x.full_tensor() if isinstance(x, DTensor) else x  # a sharded one is put together
-        whole = whole.detach().cpu().contiguous()
+        whole = whole.detach().cpu().clone(memory_format=torch.contiguous_format)  # NumPy would lock the model's own storage
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -134,7 +134,8 @@ def checksum(
     if flat.storage_offset() * flat.element_size() % 8: flat = flat.clone()
     data, sample = flat.view(torch.uint8), flat[:: len(flat) // 256 + 1]
     total = int(data[:8 * words].view(torch.int64).sum()).to_bytes(8, "little", signed=True)
-    ends = [x.cpu().contiguous().numpy().tobytes()
+    # copies: PyTorch never resizes a storage again that NumPy has seen, and FSDP must
+    ends = [x.cpu().clone().numpy().tobytes()
             for x in (data[8 * words:], sample.contiguous().view(torch.uint8))]
     return f"{zlib.crc32(total + b''.join(ends)):08x}"
 
