@@ -139,7 +139,8 @@ def weights_sha256(
     digest = hashlib.sha256()
     for name, x in sorted(weights.items()):
         whole = x.full_tensor() if isinstance(x, DTensor) else x  # a sharded one is put together
-        whole = whole.detach().cpu().clone(memory_format=torch.contiguous_format)  # NumPy would lock the model's own storage
+        # a copy: NumPy would lock the model's own storage
+        whole = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

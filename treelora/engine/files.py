@@ -224,8 +224,9 @@ def _tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
                                 f"which is missing in {path.parent}.")
     if sha256_of(path) != sha256:
         raise ValueError(f"{path} is damaged: truncated or changed since it was saved; restore it or save anew.")
+    large = path.stat().st_size > WHOLE
     with readable(path): mapped = load_file(path)
-    return mapped if path.stat().st_size > WHOLE else {k: x.clone() for k, x in mapped.items()}
+    return mapped if large else {k: x.clone() for k, x in mapped.items()}
 
 # %% ../../nbs/engine/19_files.ipynb #00a45dac
 def read_state(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -234,11 +235,11 @@ def read_state(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     Tensors of more than `WHOLE` bytes are mapped copy-on-write and read when looked at."""
     folder = Path(folder)
     plain = _index(folder)
-    try: return plain, _tensors(folder / plain["tensors"], plain["sha256"])
-    except (FileNotFoundError, ValueError):
-        again = _index(folder)  # a new one, if somebody has saved in the meantime
-        if again == plain: raise
-        return again, _tensors(folder / again["tensors"], again["sha256"])
+    while True:
+        try: return plain, _tensors(folder / plain["tensors"], plain["sha256"])
+        except (FileNotFoundError, ValueError):
+            before, plain = plain, _index(folder)
+            if plain == before: raise
 
 # %% ../../nbs/engine/19_files.ipynb #f9566640
 def summary(layers: list[dict]) -> str:
