@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 
 from ..bandit import LCB, SEARCHES
-from .arguments import number, switch, whole
+from .arguments import number, place, shown, switch, whole
 from .kept import KEEPS
 from .pulls import PENALTIES
 from .reference import Reference, as_reference
@@ -106,7 +106,7 @@ def looks(self: Options, n: int) -> int:
 def one_of(what: str, value: str, known) -> str:
     "The value, if it is known; otherwise ValueError with the list."
     if isinstance(value, str) and value in known: return value
-    raise ValueError(f"Unknown {what} {value!r}; known are {', '.join(known)}.")
+    raise ValueError(f"Unknown {what} {shown(value)}; known are {', '.join(known)}.")
 
 # %% ../../nbs/engine/22_options.ipynb #bdd59203
 def check_options(
@@ -115,7 +115,7 @@ def check_options(
 ) -> None:
     "Raise ValueError for options that this search does not have, or that are no finite numbers."
     if not isinstance(options, dict | None):
-        raise ValueError(f"search_options={options!r} must be a dictionary of options.")
+        raise ValueError(f"search_options={shown(options)} must be a dictionary of options.")
     made = LCB if name == "tree-lcb" else SEARCHES[name]
     known = list(inspect.signature(made).parameters)[3:]  # less tree, n_layers, seed
     for option, value in (options or {}).items():
@@ -133,7 +133,9 @@ def check_names(self: Options) -> None:
                         ("inference", INFERENCES), ("root", ROOTS)):
         one_of(what, getattr(self, what), known)
     for what, value in (("split", self.split), ("adapter", self.adapter)):
-        if not isinstance(value, str): raise ValueError(f"{what}={value!r} must be a name.")
+        if not isinstance(value, str):
+            raise ValueError(f"{what}={shown(value)} must be a name.")
+    place("bank_folder", self.bank_folder, optional=True)
     check_options(self.search, self.search_options)
     as_reference(self.reference)
 
@@ -153,7 +155,7 @@ def check_numbers(self: Options) -> None:
             raise ValueError(f"top_fraction={share} must be in (0, 1]: the share to keep.")
     cache = self.cache
     if cache is not None and (not isinstance(cache, Integral) or cache < 0):
-        raise ValueError(f"cache={cache!r} must be a whole number of adapters, 0 for none.")
+        raise ValueError(f"cache={shown(cache)} must be a whole number of adapters, 0 for none.")
 
 # %% ../../nbs/engine/22_options.ipynb #2825c0de
 @patch
