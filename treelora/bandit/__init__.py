@@ -7,6 +7,7 @@ __all__ = ['SEARCHES', 'check_search', 'get_search', 'SearchTree', 'Search', 'LC
            'EpsilonGreedy', 'Thompson', 'Random', 'Sweep', 'Softmax', 'TreeLCB', 'PathLCB', 'BAST', 'FEW', 'tree_lcb']
 
 # %% ../../nbs/engine/10_searches.ipynb #17a91fd0
+from ..arguments import one_of
 from .search import LCB, Search, SearchTree
 from .fast import BAST, FEW, PathLCB, TreeLCB, TreeLCBV, tree_lcb
 from .rivals import (EpsilonGreedy, FlatLCB, PrintedLCB, Random, Softmax, Sweep,
@@ -28,8 +29,7 @@ SEARCHES = {
 # %% ../../nbs/engine/10_searches.ipynb #6332f39e
 def check_search(name: str) -> None:
     "Raise ValueError when there is no search of that name."
-    if name not in SEARCHES:
-        raise ValueError(f"Unknown search {name!r}; known are {', '.join(SEARCHES)}.")
+    one_of("search", name, SEARCHES)
 
 # %% ../../nbs/engine/10_searches.ipynb #ec2fabab
 def get_search(

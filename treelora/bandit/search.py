@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 
+from ..arguments import number, shown, whole
 from .arrays import SearchTree
 from ..patch import patch
 from ..tree import TaskTree
@@ -27,7 +28,9 @@ class Search:
         n_layers: int,  # L
         seed: int = 0,
     ):
-        if n_layers < 1: raise ValueError(f"n_layers={n_layers} must be at least 1.")
+        n_layers, seed = whole("n_layers", n_layers, 1, most=10 ** 6), whole("seed", seed)
+        if not hasattr(tree, "root"):
+            raise ValueError(f"tree={shown(tree)} must be a TaskTree of the earlier tasks.")
         self.tree, self.nodes, self.n_layers = tree, SearchTree(tree), n_layers
         self.n_arms, self.rng = self.nodes.n_arms, torch.Generator().manual_seed(seed)
         self.counts, self.means = (_table(n_layers, self.nodes) for _ in range(2))
@@ -139,7 +142,11 @@ class LCB(Search):
         gamma: float = 0.5,  # by how much that shrinks per level
     ):
         super().__init__(tree, n_layers, seed)
+        c, delta, gamma = (number(what, value, negative=True) for what, value in
+                           (("c", c), ("delta", delta), ("gamma", gamma)))
         self.c, self.delta = c, delta * gamma ** self.nodes.depth.double()
+        if not self.delta.isfinite().all():
+            raise ValueError(f"delta={delta} and gamma={gamma} give no finite slack.")
         self.slack = torch.where(self.nodes.arm < 0, self.delta, 0.0)  # leaves have none
 
 # %% ../../nbs/core/05_search.ipynb #54f0eab0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..arguments import shown
 from .device import ModelAdapter
 from .fused import Arithmetic
 from .task import TaskInProgress
@@ -91,7 +92,7 @@ def one_number(loss) -> torch.Tensor:
     try: value = torch.as_tensor(loss)
     except (TypeError, ValueError, RuntimeError): value = torch.empty(0)
     if value.numel() != 1:
-        got = list(value.shape) if isinstance(loss, torch.Tensor) else repr(loss)
+        got = list(value.shape) if isinstance(loss, torch.Tensor) else shown(loss)
         raise ValueError(f"A loss must be one number, not {got}.")
     return value
 
