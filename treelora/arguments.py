@@ -56,7 +56,8 @@ def number(what: str, value, negative: bool = False) -> float:
     if value < 0 and not negative:
         raise ValueError(f"{what}={shown(value)} must not be negative.")
     if abs(value) > LARGEST: raise ValueError(f"{what}={shown(value)} is too large a number.")
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if abs(value) < 2 ** 63 else float(value)  # PyTorch's whole numbers end there
 
 
 def switch(what: str, value) -> None:
@@ -84,13 +85,13 @@ def one_of(what: str, value: str, known) -> str:
 def text(what: str, value, optional: bool = False) -> None:
     "Raise ValueError for what is no text, or empty."
     if value is None and optional or isinstance(value, str) and value: return
-    raise ValueError(f"{what}={shown(value)} must be a text{', or None.' if optional else '.'}")
+    end = ", or None." if optional else "."
+    raise ValueError(f"{what}={shown(value)} must be a text{end}")
 
 # %% ../nbs/engine/34_arguments.ipynb #a4900033
 def names(what: str, value) -> tuple[str, ...]:
-    "The names. Raises ValueError for what is no list, tuple or set of texts."
-    several = isinstance(value, list | tuple | set | frozenset)
-    found = tuple(value) if several else (None,)
+    "The names. Raises ValueError for what is no list or tuple of texts."
+    found = tuple(value) if isinstance(value, list | tuple) else (None,)
     if all(isinstance(x, str) for x in found): return found
     raise ValueError(f"{what}={shown(value)} must be a list of names.")
 
@@ -98,7 +99,8 @@ def names(what: str, value) -> tuple[str, ...]:
 def wholes(what: str, value) -> list[int]:
     "The numbers. Raises ValueError for what is no sequence or set of whole numbers."
     plain = value.tolist() if isinstance(value, np.ndarray) else value
-    if isinstance(plain, Iterable) and not isinstance(plain, str | bytes | dict | torch.Tensor):
+    odd = isinstance(plain, str | bytes | dict | torch.Tensor)
+    if isinstance(plain, Iterable) and not odd:
         return [whole(f"A number of {what}", x) for x in plain]
     raise ValueError(f"{what}={shown(value)} must be a list of whole numbers.")
 
@@ -107,7 +109,7 @@ def _possible(path: str) -> bool:
     "Whether a system could have a file of this name."
     try: parts = [os.fsencode(part) for part in Path(path).parts]
     except ValueError: return False  # half a letter
-    return "\0" not in path and all(len(part) < 256 for part in parts)
+    return not set(path) & set("\0\n\r") and all(len(part) < 256 for part in parts)
 
 # %% ../nbs/engine/34_arguments.ipynb #a4900025
 def place(what: str, value, optional: bool = False) -> None:
@@ -115,7 +117,8 @@ def place(what: str, value, optional: bool = False) -> None:
     if value is None and optional: return
     given = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(given, str) or not given or not _possible(given):
-        raise ValueError(f"{what}={shown(value)} must be a path{', or None.' if optional else '.'}")
+        end = ", or None." if optional else "."
+        raise ValueError(f"{what}={shown(value)} must be a path{end}")
 
 
 def function(what: str, value) -> None:
@@ -135,7 +138,8 @@ def rows(features, width: int | None = None) -> None:
         got = list(getattr(features, "shape", [])) or type(features).__name__
         raise ValueError("Features must be a tensor of shape (n, F), one row per input, "
                          f"not {got}.")
-    if features.is_meta or features.is_complex() or not features.shape[1]:
+    dense = features.layout == torch.strided and not features.is_meta
+    if not dense or features.is_complex() or not features.shape[1]:
         raise ValueError(f"The features are {shown(features)}; they must be real numbers, "
                          "at least one per row.")
     if width is not None and features.shape[1] != width:
@@ -165,7 +169,8 @@ def labels(given: Iterable, n: int) -> list[int]:
 def whole_numbers(given: torch.Tensor) -> bool:
     "Whether a tensor has whole numbers, and not only the place for them."
     kind = given.dtype
-    return not (kind == torch.bool or kind.is_floating_point or kind.is_complex or given.is_meta)
+    other = kind == torch.bool or kind.is_floating_point or kind.is_complex
+    return not (other or given.is_meta)
 
 # %% ../nbs/engine/34_arguments.ipynb #a4900011
 def tasks_of(given, n_tasks: int) -> torch.Tensor:  # (n,) on the CPU

@@ -7,7 +7,8 @@ __all__ = ['COMMANDS', 'catalogue', 'parser', 'main']
 
 # %% ../nbs/tutorials/08_command_line.ipynb #6509e1ae
 import argparse, ast, json, sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import treelora
@@ -47,20 +48,32 @@ def _trackers(args, path: Path) -> list:
     config = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float))}
     return [Tracked(args.log, f"{args.stream}-{path.stem}".replace(":", "-"), args.results / "runs", config)]
 
+# %% ../nbs/tutorials/08_command_line.ipynb #2ee90ff0
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    "A folder for what comes; if nothing came, it goes again, with those that were made for it."
+    from treelora.engine.checkpoint import check_writable
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    check_writable(folder)
+    try: yield
+    except BaseException:
+        with suppress(OSError):
+            for place in new: place.rmdir()
+        raise
+
 # %% ../nbs/tutorials/08_command_line.ipynb #2ee90ffb
 def _run(args) -> None:
     from treelora.experiments.vision import Apart, beside, result_path
-    from treelora.engine.checkpoint import check_writable
     from treelora.learner import check_names, is_main_process, run
     from treelora.streams import get_stream
     check_names(args.method, args.scale, args.seed, args.curves)
     stream = get_stream(args.stream, args.scale, args.seed, args.root)  # before any folder is made
     path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
-    check_writable(path.parent)
-    parts = [Apart(path, _asked(args, stream.kind)), *_trackers(args, path)]
-    old = beside(path).get(path)
-    result = run(stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
-                 args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, parts, **_options(args.option))
+    with _made(path.parent):
+        parts = [Apart(path, _asked(args, stream.kind)), *_trackers(args, path)]
+        old = beside(path).get(path)
+        result = run(stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
+                     args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, parts, **_options(args.option))
     for part in parts[1:]: part.close()
     if not is_main_process(): return
     result.save(path)

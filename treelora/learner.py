@@ -22,7 +22,7 @@ from torch.compiler import set_stance
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .arguments import one_of, place, seed_of, shown, switch, whole, wholes
+from .arguments import number, one_of, place, seed_of, shown, switch, whole, wholes
 from .engine.ahead import activations
 from .engine.checkpoint import file_sha256, weights_sha256
 from .engine.shard import repeated_blocks, shard_frozen
@@ -357,8 +357,8 @@ def compile_blocks(model: torch.nn.Module) -> None:
 # %% ../nbs/learning/11_learner.ipynb #e17eebf5
 def _epochs(epochs: int | Sequence[int], n_tasks: int) -> list[int]:
     "Epochs of each task. Raises ValueError when a list has another length."
-    if np.ndim(epochs) == 0 and not isinstance(epochs, Iterable):
-        return [whole("epochs", epochs)] * n_tasks
+    if not isinstance(epochs, Iterable):
+        return [whole("epochs", epochs, most=10 ** 6)] * n_tasks
     epochs = wholes("epochs", epochs)
     if len(epochs) != n_tasks:
         raise ValueError(f"epochs={shown(epochs)} has {len(epochs)} numbers, but the stream "
@@ -367,10 +367,7 @@ def _epochs(epochs: int | Sequence[int], n_tasks: int) -> list[int]:
     return epochs
 
 
-def _real(what: str, value) -> None:
-    "Raise ValueError for what is no number; NaN and infinity have a sentence of their own."
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise ValueError(f"{what}={shown(value)} must be a number.")
+
 
 
 def check_settings(n_tasks: int, epochs: int | Sequence[int], batch_size: int, lr: float,
@@ -378,8 +375,8 @@ def check_settings(n_tasks: int, epochs: int | Sequence[int], batch_size: int, l
     """Epochs of each task. Raises ValueError for numbers that are not positive, a list of
     another length, and unknown words."""
     per_task = _epochs(epochs, n_tasks)
-    whole("batch_size", batch_size), _real("lr", lr)
-    if stop_loss is not None: _real("stop_loss", stop_loss)
+    whole("batch_size", batch_size, most=2 ** 20), number("lr", lr, negative=True)
+    if stop_loss is not None: number("stop_loss", stop_loss, negative=True)
     for what, value in (("epochs", min(per_task)), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0: raise ValueError(f"{what}={value} must be positive.")
     if stop_loss is not None and not stop_loss > 0:
@@ -480,6 +477,9 @@ def _made(build: type, backbone, stream: Stream, seed: int, options: dict):
     "The method on its backbone. Raises ValueError for a setting that it does not have."
     _check_options(build, options)
     try: return build.for_stream(backbone, stream, seed=seed, **options)
+    except AttributeError as error:
+        if getattr(error, "obj", None) is not backbone: raise
+        raise ValueError(f"The method {build.name!r} cannot use this model ({error}).") from None
     except TypeError as error:
         words = ", ".join(f"{k}={v!r}" for k, v in options.items() if isinstance(v, str))
         if words and "unexpected keyword argument" not in str(error):
@@ -558,7 +558,7 @@ def check_names(method, scale: str, seed: int, curves: int = 0) -> None:
     that cannot be."""
     if not hasattr(method, "for_stream"): import_module("treelora.methods").get_method(method)
     settings(scale), seed_of(seed)
-    if not isinstance(curves, int | np.integer) or not 0 <= curves <= 10 ** 6:
+    if isinstance(curves, bool) or not isinstance(curves, int | np.integer) or not 0 <= curves <= 10 ** 6:
         raise ValueError(f"curves={shown(curves)} must be the number of points of each learning "
                          "curve: 0 for none, or more.")
 
@@ -592,10 +592,11 @@ def run(
     """Train a method on a stream and measure it.
 
     Raises ValueError, before anything starts, for what is unknown or does not fit, OSError for a folder that cannot be written, ConnectionError when another process dies."""
+    switch("resume", resume), place("checkpoints", checkpoints, optional=True)
     if checkpoints is None and (resume or checkpoint_every is not None): raise ValueError("resume and checkpoint_every need a folder: checkpoints=...")
     check_names(method, scale, seed, curves)
     seed, curves = int(seed), int(curves)
-    switch("resume", resume), place("checkpoints", checkpoints, optional=True)
+
     if not isinstance(stream, str | Stream):
         raise ValueError(f"stream={shown(stream)} must be a stream, or the name of one.")
     if isinstance(stream, str): stream = get_stream(stream, scale=scale, seed=seed, root=root)

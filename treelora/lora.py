@@ -146,7 +146,8 @@ def _block_number(name: str) -> int | None:
 def _targets(model: nn.Module, target: str | Sequence[str], blocks: Iterable[int] | None) -> list[str]:
     "Names of the linear layers that `add_lora` replaces, in the model's order."
     module("model", model)
-    ends = (target,) if isinstance(target, str) else names("target", target)
+    ends = list(target) if isinstance(target, set | frozenset) else target
+    ends = (ends,) if isinstance(ends, str) else names("target", ends)
     wanted = None if blocks is None else set(wholes("blocks", blocks))
     return [name for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and any(name == e or name.endswith("." + e) for e in ends)
@@ -259,12 +260,17 @@ def _adapted(model: nn.Module, layers: Sequence[str], pairs: Sequence[Pair],
     if lacks := [name for name in found if name not in known]:
         raise ValueError(f"The model has no layer {shown(lacks[0])}; "
                          "names= are those of adapted layers.")
-    if len(pairs) != len(found):
-        raise ValueError(f"There are {len(pairs)} pairs of A and B for {len(found)} layers.")
-    _check_which(which, min(len(A) for A, _ in pairs))
+    if not isinstance(pairs, list | tuple) or len(pairs) != len(found):
+        raise ValueError(f"pairs={shown(pairs)} must be a list of (A, B) for {len(found)} layers.")
+    sizes = {len(M) if isinstance(M, torch.Tensor) and M.dim() > 1 else 0
+             for pair in pairs for M in (pair if isinstance(pair, tuple) else [None])}
+    if 0 in sizes or len(sizes) > 1:
+        raise ValueError("Each of pairs= must be tensors (A, B) with a row per adapter, all of "
+                         f"the same number of adapters, not {shown(pairs)}.")
+    _check_which(which, *sizes)
     return [known[name] for name in found]
 
-
+# %% ../nbs/core/02_lora.ipynb #ee193af1
 def _check_which(which: torch.Tensor, K: int) -> None:
     "Raise ValueError for what is no number of an adapter for each row."
     if not isinstance(which, torch.Tensor) or which.dim() != 1 or not whole_numbers(which):

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from .arguments import place, seed_of, shown, text, wholes
+from .arguments import function, place, seed_of, shown, text, wholes
 
 # %% ../nbs/learning/02_streams.ipynb #2849d260
 def _tensor(what: str, given) -> torch.Tensor:
@@ -34,7 +34,7 @@ def _tensor(what: str, given) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{what}={shown(given)} must be a tensor or an array of "
                          "numbers.") from None
-    if not (found.is_complex() or found.is_meta): return found
+    if found.layout == torch.strided and not (found.is_complex() or found.is_meta): return found
     raise ValueError(f"{what}={shown(given)} must hold real numbers.")
 
 # %% ../nbs/learning/02_streams.ipynb #2849d26b
@@ -325,12 +325,14 @@ def _sizes(
 ) -> list[int]:  # classes of each task
     "Numbers of classes; `ValueError` unless they are positive and add up to all classes."
     if not isinstance(per_task, Iterable):
-        if not (isinstance(per_task, Integral) and 1 <= per_task <= n_classes):
+        known = isinstance(per_task, Integral) and not isinstance(per_task, bool)
+        if not known or not 1 <= per_task <= n_classes:
             raise ValueError(f"classes_per_task={shown(per_task)} must be a whole number from 1 to "
                              f"{n_classes}, the number of classes.")
         return [min(per_task, n_classes - lo) for lo in range(0, n_classes, per_task)]
     sizes = list(per_task)
-    if not all(isinstance(k, Integral) and k > 0 for k in sizes) or sum(sizes) != n_classes:
+    counts = all(isinstance(k, Integral) and not isinstance(k, bool) and k > 0 for k in sizes)
+    if not counts or sum(sizes) != n_classes:
         raise ValueError(f"classes_per_task={shown(sizes)} must be positive whole numbers that add "
                          f"up to {n_classes}, the number of classes.")
     return sizes
@@ -364,10 +366,13 @@ def _partition(
 def _name_of(c: int, class_names: Sequence[str] | dict[int, str] | None) -> str:
     "A class in words; `ValueError` where the names have none for it."
     if class_names is None: return str(c)
-    try: return class_names[c]
-    except (IndexError, KeyError, TypeError):
+    try: name = None if isinstance(class_names, str) else class_names[c]
+    except (IndexError, KeyError, TypeError, ValueError):
+        name = None
+    if not isinstance(name, str):
         raise ValueError(f"class_names has no name for the class {c}; it is indexed by the "
-                         "images' labels.") from None
+                         "images' labels.")
+    return name
 
 # %% ../nbs/learning/02_streams.ipynb #0004218b
 def _from_arrays(
@@ -388,6 +393,7 @@ def _from_arrays(
     """Cut labelled images into tasks of some classes each; `ValueError` if the classes do not
     add up."""
     text("name", name), text("scale", scale)
+    if task_name is not None: function("task_name", task_name)
     seed = seed_of(seed)
     train, test = ImageSet(images, labels), ImageSet(test_images, test_labels)
     if not len(train): raise ValueError(f"The stream {name!r} has no training images.")
@@ -400,6 +406,7 @@ def _from_arrays(
         lo = hi - sizes[i]
         names = [_name_of(c, class_names) for c in order[lo:hi]]
         title = task_name(i, names) if task_name else f"{name}-{'-'.join(names)}"
+        text("What task_name gives", title)
         sets = (_subset(data, order, lo, hi) for data in (train, test))
         tasks.append(Task(title, tuple(range(lo, hi)), *sets, tuple(names)))
     return cls(name, scale, seed, tasks)

@@ -8,7 +8,7 @@ __all__ = ['SEARCHES', 'check_search', 'get_search', 'SearchTree', 'Search', 'LC
 
 # %% ../../nbs/engine/10_searches.ipynb #17a91fd0
 from ..arguments import one_of
-from .search import LCB, Search, SearchTree
+from .search import LCB, Search, SearchTree, check_tree
 from .fast import BAST, FEW, PathLCB, TreeLCB, TreeLCBV, tree_lcb
 from .rivals import (EpsilonGreedy, FlatLCB, PrintedLCB, Random, Softmax, Sweep,
                                     Thompson, UCT)
@@ -40,5 +40,5 @@ def get_search(
     **options,  # of that search, e.g. c=0.1 for "tree-lcb"
 ) -> Search:
     "A search by name. Raises ValueError for an unknown name and for an empty tree."
-    check_search(name)
+    check_search(name), check_tree(tree)
     return SEARCHES[name](tree, n_layers, seed, **options)

@@ -110,6 +110,7 @@ def be_plain(self: Options) -> None:
         if isinstance(value, np.generic): object.__setattr__(self, name, value.item())
     checked = check_options(self.search, self.search_options)
     object.__setattr__(self, "search_options", checked)
+    object.__setattr__(self, "lam", number("lam", self.lam))
 
 # %% ../../nbs/engine/22_options.ipynb #bdd59203
 def check_options(
@@ -141,14 +142,14 @@ def check_names(self: Options) -> None:
         if not isinstance(value, str):
             raise ValueError(f"{what}={shown(value)} must be a name.")
     place("bank_folder", self.bank_folder, optional=True)
-    if not isinstance(self.shared, str): names("shared", self.shared)
+    shared = list(self.shared) if isinstance(self.shared, set | frozenset) else self.shared
+    if not isinstance(shared, str): names("shared", shared)
     as_reference(self.reference)
 
 # %% ../../nbs/engine/22_options.ipynb #bdd59202
 @patch
 def check_numbers(self: Options) -> None:
     "Raise ValueError for a number or a switch that cannot be."
-    number("lam", self.lam)
     whole("seed", self.seed)
     for what in ("depth", "budget"): whole(what, getattr(self, what), 1, optional=True)
     if not isinstance(self.search_rounds, float):

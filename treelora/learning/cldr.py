@@ -80,7 +80,7 @@ def cldr_code(
 ) -> str:
     "A language's code as the file spells it; `ValueError` for one that is not there."
     names = names or shipped_cldr()
-    text("language", language)
+    if language != "": text("language", language)
     wanted = language.strip().replace("-", "_").lower()
     known = _spellings(names) if names is not shipped_cldr() else _shipped_spellings()
     if wanted in known: return known[wanted]

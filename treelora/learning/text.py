@@ -320,7 +320,10 @@ def read_records(
 ) -> list[tuple[str, ...]]:  # their values, in the order of `keys`
     "Read a list of records; `ValueError` naming the file and the record for whatever is wrong with it."
     place("path", path)
+    keys = listed("keys", keys)
     try: records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(records, list): raise ValueError(f"{path} should hold a list of records, but holds a {type(records).__name__}.")
