@@ -7,8 +7,7 @@ __all__ = ['COMMANDS', 'catalogue', 'parser', 'main']
 
 # %% ../nbs/tutorials/08_command_line.ipynb #6509e1ae
 import argparse, ast, json, sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import treelora
@@ -48,28 +47,16 @@ def _trackers(args, path: Path) -> list:
     config = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float))}
     return [Tracked(args.log, f"{args.stream}-{path.stem}".replace(":", "-"), args.results / "runs", config)]
 
-# %% ../nbs/tutorials/08_command_line.ipynb #2ee90ff0
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    "A folder for what comes; if nothing came, it goes again, with those that were made for it."
-    from treelora.engine.checkpoint import check_writable
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    check_writable(folder)
-    try: yield
-    except BaseException:
-        with suppress(OSError):
-            for place in new: place.rmdir()
-        raise
-
 # %% ../nbs/tutorials/08_command_line.ipynb #2ee90ffb
 def _run(args) -> None:
     from treelora.experiments.vision import Apart, beside, result_path
+    from treelora.engine.checkpoint import made_for
     from treelora.learner import check_names, is_main_process, run
     from treelora.streams import get_stream
     check_names(args.method, args.scale, args.seed, args.curves)
     stream = get_stream(args.stream, args.scale, args.seed, args.root)  # before any folder is made
     path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
-    with _made(path.parent):
+    with made_for(path.parent):
         parts = [Apart(path, _asked(args, stream.kind)), *_trackers(args, path)]
         old = beside(path).get(path)
         result = run(stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
