@@ -147,11 +147,12 @@ class LCB(Search):
         gamma: float = 0.5,  # by how much that shrinks per level
     ):
         super().__init__(tree, n_layers, seed)
-        c, delta, gamma = (number(what, value, negative=True) for what, value in
-                           (("c", c), ("delta", delta), ("gamma", gamma)))
+        c, gamma = number("c", c, negative=True), number("gamma", gamma, negative=True)
+        flat = isinstance(delta, float) and delta == math.inf  # the tree tells nothing
+        if not flat: delta = number("delta", delta, negative=True)
         self.c, self.delta = c, delta * gamma ** self.nodes.depth.double()
-        if not self.delta.isfinite().all():
-            raise ValueError(f"delta={delta} and gamma={gamma} give no finite slack.")
+        if self.delta.isnan().any():
+            raise ValueError(f"delta={delta} and gamma={gamma} give no number.")
         self.slack = torch.where(self.nodes.arm < 0, self.delta, 0.0)  # leaves have none
 
 # %% ../../nbs/core/05_search.ipynb #54f0eab0

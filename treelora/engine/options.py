@@ -163,7 +163,7 @@ def check_numbers(self: Options) -> None:
     if isinstance(self.cache, bool) or not isinstance(self.cache, int) or self.cache < 0:
         raise ValueError(f"cache={shown(self.cache)} must be a whole number of adapters, "
                          "0 for none.")
-    whole("cache", self.cache, most=2 ** 20)
+    whole("cache", self.cache, most=2 ** 40)
 
 # %% ../../nbs/engine/22_options.ipynb #2825c0de
 @patch
