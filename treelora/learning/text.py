@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .cldr import (ALIKE, MAX_NAME, blind_prompt, cldr_code, cldr_entry, cldr_languages,
                                     cldr_names, shown_names, told_apart)
 from .scores import METRICS, score
-from ..arguments import (names as listed, one_of, place, seed_of, shown as said, switch,
+from ..arguments import (names as listed, one_of, place, seed_of, shown as in_words, switch,
                                 whole)
 from ..streams import Stream, data_folders, register_stream
 
@@ -108,7 +108,7 @@ class LengthBuckets(Sampler):
         pool: int = 8,  # batches that are sorted together: 1 is plain shuffling, many give the same neighbours in each pass
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"The batch size must be at least 1, not {said(batch_size)}.")
+            raise ValueError(f"The batch size must be at least 1, not {in_words(batch_size)}.")
         self.lengths, self.batch_size, self.pool = lengths, batch_size, pool
         self.generator = torch.Generator().manual_seed(seed)
 
