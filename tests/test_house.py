@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / ".ci"))
 from limits import imports, module_name  # noqa: E402
 
 FLOORS = [  # of the package; a module imports its own floor and those below it
-    ("patch",), ("lora", "signature", "tree", "bandit", "sparse", "metrics"), ("engine",), ("algorithm",), ("learning", "streams", "trainer"), ("methods",), ("learner",),
+    ("patch", "arguments"), ("lora", "signature", "tree", "bandit", "sparse", "metrics"), ("engine",), ("algorithm",), ("learning", "streams", "trainer"), ("methods",), ("learner",),
     ("theory",), ("paper.numbers", "paper.tables", "paper.figures", "paper.statistics"), ("experiments",), ("paper",), ("cli",)]
 PUBLIC = {
     "treelora.lora": "LoRALinear add_lora lora_layers", "treelora.tree": "TaskTree", "treelora.bandit": "get_search SEARCHES", "treelora.algorithm": "TreeLoRA VARIANTS",

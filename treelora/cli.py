@@ -50,17 +50,17 @@ def _trackers(args, path: Path) -> list:
 # %% ../nbs/tutorials/08_command_line.ipynb #2ee90ffb
 def _run(args) -> None:
     from treelora.experiments.vision import Apart, beside, result_path
-    from treelora.engine.checkpoint import check_writable
+    from treelora.engine.checkpoint import made_for
     from treelora.learner import check_names, is_main_process, run
     from treelora.streams import get_stream
     check_names(args.method, args.scale, args.seed, args.curves)
     stream = get_stream(args.stream, args.scale, args.seed, args.root)  # before any folder is made
     path = result_path(args.results, args.stream, args.scale, args.method, args.seed)
-    check_writable(path.parent)
-    parts = [Apart(path, _asked(args, stream.kind)), *_trackers(args, path)]
-    old = beside(path).get(path)
-    result = run(stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
-                 args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, parts, **_options(args.option))
+    with made_for(path.parent):
+        parts = [Apart(path, _asked(args, stream.kind)), *_trackers(args, path)]
+        old = beside(path).get(path)
+        result = run(stream, args.method, args.scale, args.seed, args.root, args.model, args.weights, args.epochs, args.batch_size,
+                     args.lr, args.schedule, args.precision, args.ahead, args.stop_loss, args.compile, args.shard, args.curves, not args.quiet, _checkpoints(args), args.checkpoint_every, args.resume, parts, **_options(args.option))
     for part in parts[1:]: part.close()
     if not is_main_process(): return
     result.save(path)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .arguments import module, names, number, shown, text, whole, whole_numbers, wholes
 from .patch import patch
 
 # %% ../nbs/core/02_lora.ipynb #0c1e67d7
@@ -29,6 +30,7 @@ def _slots(
 ) -> tuple[list[int], int]:  # slots, and how many equal slices the output has
     "Turn names of parts into positions of slices in the output."
     if parts is None: return [0], 1
+    parts = names("parts", tuple(parts) if isinstance(parts, str) else parts)
     unknown = [p for p in parts if p not in PART_SLOTS]
     if unknown or not parts or len(set(parts)) != len(parts):
         raise ValueError(f"parts={parts!r} must name each of its parts once, out of {list(PART_SLOTS)}.")
@@ -45,7 +47,7 @@ def _check_layer(base: nn.Module, r: int) -> None:
     if any(hasattr(base.weight, m) for m in marks) or base.weight.element_size() < 2:
         raise ValueError(f"LoRALinear needs weights of 16 bits or more, but this "
                          f"{type(base).__name__} is quantised; adapt it with PEFT.")
-    if r < 1: raise ValueError(f"The rank r must be at least 1, got {r}.")
+    whole("The rank r", r, 1, most=2 ** 16)
 
 # %% ../nbs/core/02_lora.ipynb #c90022f4
 class LoRALinear(nn.Module):
@@ -59,10 +61,11 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         _check_layer(base, r)
+        alpha = number("alpha", alpha, negative=True)
+        self.slots, self.n_slices = _slots(parts, base.out_features)
         self.base, self.r, self.scale = base.requires_grad_(False), r, alpha / r
         self.parts, self.active = parts, True  # `adapters_off` switches the correction off
         self.by_row = False  # `row_adapters` lets each row have a correction of its own
-        self.slots, self.n_slices = _slots(parts, base.out_features)
         n, width = len(self.slots), base.out_features // self.n_slices
         like = dict(device=base.weight.device, dtype=base.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(n * r, base.in_features, **like))
@@ -142,8 +145,10 @@ def _block_number(name: str) -> int | None:
 # %% ../nbs/core/02_lora.ipynb #6a61deb9
 def _targets(model: nn.Module, target: str | Sequence[str], blocks: Iterable[int] | None) -> list[str]:
     "Names of the linear layers that `add_lora` replaces, in the model's order."
-    ends = (target,) if isinstance(target, str) else tuple(target)
-    wanted = None if blocks is None else set(blocks)
+    module("model", model)
+    ends = list(target) if isinstance(target, set | frozenset) else target
+    ends = (ends,) if isinstance(ends, str) else names("target", ends)
+    wanted = None if blocks is None else set(wholes("blocks", blocks))
     return [name for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and any(name == e or name.endswith("." + e) for e in ends)
             and (wanted is None or _block_number(name) in wanted)]
@@ -158,12 +163,12 @@ def add_lora(
     parts: Sequence[str] | None = None,  # parts of a fused qkv projection, e.g. ("k", "v")
 ) -> nn.Module:  # the same model, all frozen but the new adapters
     "Give a model LoRA layers and freeze the rest. Raises ValueError when no layer fits."
-    names = _targets(model, target, blocks)
-    if not names:
+    found = _targets(model, target, blocks)
+    if not found:
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise ValueError(f"No linear layer named {target!r} in blocks {blocks}; "
+        raise ValueError(f"No linear layer named {shown(target)} in blocks {shown(blocks)}; "
                          f"the model has {linear[:8]}.")
-    adapted = {n: LoRALinear(model.get_submodule(n), r, alpha, parts) for n in names}
+    adapted = {n: LoRALinear(model.get_submodule(n), r, alpha, parts) for n in found}
     model.requires_grad_(False)
     for name, layer in adapted.items():
         parent, _, child = name.rpartition(".")
@@ -210,8 +215,9 @@ def lora_layers(
     adapter: str = "default",  # PEFT's name of the adapter; ours have only one
 ) -> list[LoRALayer]:  # the L layers, from input to output
     "All LoRA layers of a model. Raises ValueError when it has none."
+    module("model", model), text("adapter", adapter)
     modules = lora_modules(model, adapter)
-    layers = [LoRALayer(name, *_pair(module, adapter)) for name, module in modules.items()]
+    layers = [LoRALayer(name, *_pair(layer, adapter)) for name, layer in modules.items()]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers named {adapter!r}: "
                          "call treelora.lora.add_lora or peft.get_peft_model first.")
@@ -224,6 +230,7 @@ def adapters_off(
 ) -> Iterator[nn.Module]:
     """The model without its corrections, for as long as the context lasts; afterwards every
     layer, and what trains of it, is as before."""
+    module("model", model)
     ours = [m for m in model.modules() if isinstance(m, LoRALinear) and m.active]
     peft = [m for m in model.modules() if _is_on(m)]
     trains = [(p, p.requires_grad) for m in peft for p in m.parameters()]
@@ -244,6 +251,34 @@ def _is_on(module: nn.Module) -> bool:
 # %% ../nbs/core/02_lora.ipynb #d04bc9bd
 Pair = tuple[torch.Tensor, torch.Tensor]  # A and B of one layer
 
+# %% ../nbs/core/02_lora.ipynb #ee193af0
+def _adapted(model: nn.Module, layers: Sequence[str], pairs: Sequence[Pair],
+             which: torch.Tensor) -> list[nn.Module]:
+    "The layers of these names. Raises ValueError for what `row_adapters` cannot use."
+    module("model", model)
+    found, known = names("names", layers), dict(model.named_modules())
+    if lacks := [name for name in found if name not in known]:
+        raise ValueError(f"The model has no layer {shown(lacks[0])}; "
+                         "names= are those of adapted layers.")
+    if not isinstance(pairs, list | tuple) or len(pairs) != len(found):
+        raise ValueError(f"pairs={shown(pairs)} must be a list of (A, B) for {len(found)} layers.")
+    sizes = {len(M) if isinstance(M, torch.Tensor) and M.dim() > 1 else 0
+             for pair in pairs for M in (pair if isinstance(pair, tuple) else [None])}
+    if 0 in sizes or len(sizes) > 1:
+        raise ValueError("Each of pairs= must be tensors (A, B) with a row per adapter, all of "
+                         f"the same number of adapters, not {shown(pairs)}.")
+    _check_which(which, *sizes)
+    return [known[name] for name in found]
+
+# %% ../nbs/core/02_lora.ipynb #ee193af1
+def _check_which(which: torch.Tensor, K: int) -> None:
+    "Raise ValueError for what is no number of an adapter for each row."
+    if not isinstance(which, torch.Tensor) or which.dim() != 1 or not whole_numbers(which):
+        raise ValueError(f"which={shown(which)} must be a tensor of whole numbers, one per row.")
+    if which.is_cuda or not len(which): return  # a GPU would have to be waited for
+    if which.min() < 0 or which.max() >= K:
+        raise ValueError(f"which={shown(which)} must be numbers from 0 to {K - 1}.")
+
 # %% ../nbs/core/02_lora.ipynb #ee193afb
 @contextmanager
 def row_adapters(
@@ -254,7 +289,7 @@ def row_adapters(
     adapter: str = "default",  # PEFT's name of the adapter, whose scale is used
 ) -> Iterator[nn.Module]:
     "The model with row i of each batch under adapter which[i]. Raises ValueError for a layer that is no plain LoRA layer."
-    modules = [model.get_submodule(name) for name in names]
+    modules = _adapted(model, names, pairs, which)
     adds = [partial(_add_by_row, scale=_scale(module, adapter), A=A, B=B, which=which) for module, (A, B) in zip(modules, pairs)]
     ours = [module for module in modules if isinstance(module, LoRALinear)]
     with adapters_off(model):

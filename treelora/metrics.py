@@ -19,9 +19,10 @@ def score_matrix(
     R: Matrix,  # (N, N): R[j, i] is the score on task i after task j; array, tensor, nested lists (None: not measured)
 ) -> np.ndarray:  # (N, N) float64 copy, NaN where not measured and above the diagonal
     "Read a score matrix; `ValueError` when it is empty, not square, infinite, or has its rows and columns exchanged."
-    if hasattr(R, "detach"): R = R.detach().cpu().numpy()
-    try: S = np.array(R, dtype=np.float64)
-    except (TypeError, ValueError):
+    try:
+        if hasattr(R, "detach"): R = R.detach().cpu().tolist()
+        S = np.array(R, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError("R must be a square table of numbers, with NaN or None where not measured.") from None
     if S.size == 0: raise ValueError("R is empty: measure at least one task before asking for a score.")
     if S.ndim != 2 or S.shape[0] != S.shape[1]:

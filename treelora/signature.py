@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from .arguments import one_of
 from .lora import LoRALayer
 from .patch import patch
 
@@ -193,8 +194,7 @@ def get_signature(
 ) -> type[Signature]:
     "The class of a signature by name. Raises ValueError for an unknown one."
     known = SIGNATURES | BEFORE
-    if name not in known: raise ValueError(f"Unknown signature {name!r}; known are {', '.join(known)}.")
-    return known[name]
+    return known[one_of("signature", name, known)]
 
 # %% ../nbs/core/03_signature.ipynb #da062580
 @patch

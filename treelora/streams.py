@@ -25,6 +25,18 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from .arguments import function, place, seed_of, shown, text, wholes
+
+# %% ../nbs/learning/02_streams.ipynb #2849d260
+def _tensor(what: str, given) -> torch.Tensor:
+    "A tensor of real numbers. Raises ValueError for what is none."
+    try: found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{what}={shown(given)} must be a tensor or an array of "
+                         "numbers.") from None
+    if found.layout == torch.strided and not (found.is_complex() or found.is_meta): return found
+    raise ValueError(f"{what}={shown(given)} must hold real numbers.")
+
 # %% ../nbs/learning/02_streams.ipynb #2849d26b
 class ImageSet(Dataset):
     "Labelled images; stored as given (bytes or floats), handed out as float32 in [0, 1]."
@@ -34,7 +46,7 @@ class ImageSet(Dataset):
         images: torch.Tensor | np.ndarray,  # (n, C, H, W) or (n, H, W): uint8, or floats in [0, 1]
         labels: torch.Tensor | np.ndarray | Sequence[int],  # (n,) whole numbers
     ):
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        images, labels = _tensor("images", images), _tensor("labels", labels)
         self.images = images[:, None] if images.ndim == 3 else images
         if self.images.ndim != 4:
             raise ValueError(f"Images must have the shape (n, C, H, W) or (n, H, W), not {tuple(images.shape)}.")
@@ -301,9 +313,10 @@ def _class_order(
     found = sorted(set(labels.tolist()))
     if found and found[0] < 0: raise ValueError(f"Labels must not be negative, got {found[0]}.")
     if class_order is None: return np.random.default_rng(seed).permutation(found).tolist()
+    class_order = wholes(given, class_order)
     if sorted(class_order) != found:
         raise ValueError(f"{given} must list each of the classes {found} once.")
-    return list(class_order)
+    return class_order
 
 # %% ../nbs/learning/02_streams.ipynb #8d2134d5
 def _sizes(
@@ -312,13 +325,15 @@ def _sizes(
 ) -> list[int]:  # classes of each task
     "Numbers of classes; `ValueError` unless they are positive and add up to all classes."
     if not isinstance(per_task, Iterable):
-        if not (isinstance(per_task, Integral) and 1 <= per_task <= n_classes):
-            raise ValueError(f"classes_per_task={per_task} must be a whole number from 1 to "
+        known = isinstance(per_task, Integral) and not isinstance(per_task, bool)
+        if not known or not 1 <= per_task <= n_classes:
+            raise ValueError(f"classes_per_task={shown(per_task)} must be a whole number from 1 to "
                              f"{n_classes}, the number of classes.")
         return [min(per_task, n_classes - lo) for lo in range(0, n_classes, per_task)]
     sizes = list(per_task)
-    if not all(isinstance(k, Integral) and k > 0 for k in sizes) or sum(sizes) != n_classes:
-        raise ValueError(f"classes_per_task={sizes} must be positive whole numbers that add "
+    counts = all(isinstance(k, Integral) and not isinstance(k, bool) and k > 0 for k in sizes)
+    if not counts or sum(sizes) != n_classes:
+        raise ValueError(f"classes_per_task={shown(sizes)} must be positive whole numbers that add "
                          f"up to {n_classes}, the number of classes.")
     return sizes
 
@@ -330,6 +345,10 @@ def _partition(
     seed: int,
 ) -> tuple[list[int], list[int]]:  # original classes in order, and how many each task has
     "Which classes come, in what order, and how they are cut into tasks."
+    if isinstance(per_task, torch.Tensor | np.ndarray):
+        per_task = _tensor("classes_per_task", per_task).tolist()
+    if isinstance(per_task, str | bytes | dict | torch.nn.Module):
+        raise ValueError(f"classes_per_task={shown(per_task)} must be a whole number, or a list.")
     if not isinstance(per_task, Iterable) or not any(np.ndim(part) for part in per_task):
         order = _class_order(labels, class_order, seed)
         return order, _sizes(per_task, len(order))
@@ -347,10 +366,13 @@ def _partition(
 def _name_of(c: int, class_names: Sequence[str] | dict[int, str] | None) -> str:
     "A class in words; `ValueError` where the names have none for it."
     if class_names is None: return str(c)
-    try: return class_names[c]
-    except (IndexError, KeyError):
+    try: name = None if isinstance(class_names, str) else class_names[c]
+    except (IndexError, KeyError, TypeError, ValueError):
+        name = None
+    if not isinstance(name, str):
         raise ValueError(f"class_names has no name for the class {c}; it is indexed by the "
-                         "images' labels.") from None
+                         "images' labels.")
+    return name
 
 # %% ../nbs/learning/02_streams.ipynb #0004218b
 def _from_arrays(
@@ -370,6 +392,9 @@ def _from_arrays(
 ) -> "TaskStream":
     """Cut labelled images into tasks of some classes each; `ValueError` if the classes do not
     add up."""
+    text("name", name), text("scale", scale)
+    if task_name is not None: function("task_name", task_name)
+    seed = seed_of(seed)
     train, test = ImageSet(images, labels), ImageSet(test_images, test_labels)
     if not len(train): raise ValueError(f"The stream {name!r} has no training images.")
     if not len(test): raise ValueError(f"The stream {name!r} has no test images.")
@@ -381,6 +406,7 @@ def _from_arrays(
         lo = hi - sizes[i]
         names = [_name_of(c, class_names) for c in order[lo:hi]]
         title = task_name(i, names) if task_name else f"{name}-{'-'.join(names)}"
+        text("What task_name gives", title)
         sets = (_subset(data, order, lo, hi) for data in (train, test))
         tasks.append(Task(title, tuple(range(lo, hi)), *sets, tuple(names)))
     return cls(name, scale, seed, tasks)
@@ -685,11 +711,16 @@ def get_stream(
     root: Path | str | None = None,  # data folder; then no other place is looked at
 ) -> Stream:
     "A stream by name; `ValueError` for an unknown name, scale or argument, `FileNotFoundError` if its data is nowhere."
+    text("The stream's name", name), place("root", root, optional=True)
+    seed = seed_of(seed)
     name, colon, argument = name.partition(":")
     _load([name])
-    if name not in _streams: raise ValueError(f"There is no stream {name!r}; the known streams are {list(list_streams())}.")
+    if name not in _streams:
+        raise ValueError(f"There is no stream {shown(name)}; the known streams are "
+                         f"{list(list_streams())}.")
     scales, build, wanted = _streams[name]
-    if scale not in SCALES: raise ValueError(f"There is no scale {scale!r}; the known scales are {list(SCALES)}.")
+    if not isinstance(scale, str) or scale not in SCALES:
+        raise ValueError(f"There is no scale {shown(scale)}; the known scales are {list(SCALES)}.")
     if scale not in scales: raise ValueError(f"The stream {name!r} has no scale {scale!r}; it has {list(scales)}.")
     if colon and not wanted: raise ValueError(f"The stream {name!r} takes nothing after a colon; ask for {name!r} alone.")
     if colon and not argument: raise ValueError(f"After {name + ':'!r} should come {wanted}; ask for {name!r} alone to get the usual ones.")

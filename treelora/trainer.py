@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from .algorithm import TreeLoRA
+from .arguments import place, shown, text
 from .engine.files import FORMAT, read_state, write_state
 from .engine.resume import restore_task, task_state
 from .engine.validate import check_running, check_state
@@ -142,6 +143,8 @@ class RunningTask:
     "A task of TreeLoRA that stays open until it is closed or given up."
 
     def __init__(self, tl: TreeLoRA, task: str):
+        text("task", task)
+        if not isinstance(tl, TreeLoRA): raise ValueError(f"tl={shown(tl)} must be a TreeLoRA.")
         self.tl, self.task = tl, task
         self._context = self._state = self._batches = None  # of the running task
         self._zero = None  # rounds inside DeepSpeed's engine
@@ -247,6 +250,7 @@ class TreeLoraCallback(RunningTask, TrainerCallback):
         checkpoint: str | Path | None = None,  # to resume from, where it does not lie in `args.output_dir`
     ):
         super().__init__(tl, task)
+        place("checkpoint", checkpoint, optional=True)
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):

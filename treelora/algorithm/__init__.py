@@ -16,7 +16,7 @@ from ..patch import patch
 from torch import nn
 
 from .conductor import TreeLoRA
-from ..engine import arguments
+from .. import arguments
 from ..engine.checks import check_model, merged
 from ..engine.device import bytes_of
 from ..engine.help import explain
@@ -74,6 +74,7 @@ def route(self: TreeLoRA, features: torch.Tensor, beam: int = 16) -> torch.Tenso
 @torch.no_grad()
 def infer(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features: Callable | None = None) -> torch.Tensor:
     "Outputs `forward(inputs)` under the adapter that `inference` asks for: the model's own (latest), or that of each input's task (routed), found by `features(inputs)`."
+    arguments.function("forward", forward)
     if self.inference == "latest": return forward(inputs)
     if self.kept: return self._by_task(inputs, forward, features)
     return self.router.infer(inputs, forward, features)
@@ -116,6 +117,7 @@ def look(
     task, for another signal (those need gradients), and for a loss that is not finite."""
     now = self._open()
     if self.signal != "loss": raise ValueError(f'look() judges adapters by a batch\'s loss, but the signal is "{self.signal}"; use step(), or signal="loss".')
+    arguments.function("loss", loss)
     if not now.searching: return False
     if now.race is not None: return self._look_at_start(now, loss)
     arm, batch = now.next_look()
@@ -174,6 +176,7 @@ def refer(
     are not finite."""
     now = self._open()
     if self.signature != "reference": raise ValueError(f'refer() takes the signature "reference", but the signature is "{self.signature}"; leave it out, or use signature="reference".')
+    arguments.function("loss", loss)
     if now.signature.count: return
     o = self.options
     point = reference_point(self.layout, self.initial, o.point.deviation, o.seed)
@@ -242,6 +245,7 @@ def _untrained(self: TreeLoRA, now: TaskInProgress) -> torch.Tensor:  # (L, D)
 def save(self: TreeLoRA, folder: str | Path) -> None:  # made if missing; an older state in it is replaced
     "Write bank, tree and feature statistics. Raises ValueError while a task trains, OSError for a folder that cannot be written or a full disk."
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is training; save after it has ended.")
+    arguments.place("folder", folder)
     self.store.save(folder, self.tree, self.initial, self.config)
 
 # %% ../../nbs/engine/23_afterwards.ipynb #07d08052
@@ -259,7 +263,7 @@ def load(
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one or one from
     another model; the model is untouched then."""
-    check_model(model, adapter, trains=False)
+    arguments.place("folder", folder), check_model(model, adapter, trains=False)
     plain, tensors = Store.read(folder, Layout(lora_layers(model, adapter)))
     said = {"frozen": True} | as_saved(plain, model, adapter) | where
     tl = cls(model, adapter=adapter, **said, **plain["config"])

@@ -16,14 +16,14 @@ from torch import nn
 
 # %% ../../nbs/core/07_algorithm.ipynb #57c35849
 from ..bandit import get_search
-from ..engine.arguments import whole
+from ..arguments import one_of, shown, whole
 from ..engine.bank import Bank
 from ..engine.checks import ModelRecord, check_layers, check_model
 from ..engine.device import Mail, ModelAdapter
 from ..engine.fused import Arithmetic, CompiledArithmetic
 from ..engine.kept import parts_of
 from ..engine.loops import Loop, no_gradient
-from ..engine.options import VARIANTS, Options, one_of
+from ..engine.options import VARIANTS, Options
 from ..engine.pulls import PENALTIES
 from ..engine.routing import Router
 from ..engine.signals import SIGNALS
@@ -54,7 +54,7 @@ class TreeLoRA:
         self.params, self.bank, self.tree = self.layout.params, Bank(self.layout, o.bank_folder, self.kept), TaskTree(o.split, o.depth, o.budget)
         self.live, self.starts_of = ModelAdapter(self.layout, self.bank, o.cache), Starts(self.bank)
         self.arithmetic = (CompiledArithmetic if o.compile else Arithmetic)(self.live)
-        self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, lam, o.ramp, o.relative)
+        self.seen, self.pull = SIGNALS[signal](self.live, self.arithmetic), PENALTIES[penalty](self.live, self.arithmetic, o.lam, o.ramp, o.relative)
         self.router, self.initial = Router(self.model, self.bank, o.adapter), self.live.read()
         self.store = Store(self.layout, self.bank, self.router.stats, self.live, self.kept, ModelRecord(self.model, o.adapter))
         self._now = self.last = self._paused = None  # the task that trains, the one that was learned last, one that waits to go on
@@ -100,7 +100,7 @@ def task(
 @patch
 def _check_task(self: TreeLoRA, name: str, rounds: int | None) -> None:
     "Raise ValueError when this task cannot begin now."
-    if not isinstance(name, str) or not name: raise ValueError(f"A task's name must be a non-empty string, got {name!r}.")
+    if not isinstance(name, str) or not name: raise ValueError(f"A task's name must be a non-empty string, got {shown(name)}.")
     if self._now is not None: raise ValueError(f"Task {self._now.name!r} is still open; end it before {name!r} begins.")
     if name in self.bank: raise ValueError(f"A task {name!r} was learned already; a name is used once.")
     if self.options.ramp and not rounds: raise ValueError("ramp=True needs the number of steps: tl.task(name, rounds=...).")

@@ -7,7 +7,8 @@ __all__ = ['SEARCHES', 'check_search', 'get_search', 'SearchTree', 'Search', 'LC
            'EpsilonGreedy', 'Thompson', 'Random', 'Sweep', 'Softmax', 'TreeLCB', 'PathLCB', 'BAST', 'FEW', 'tree_lcb']
 
 # %% ../../nbs/engine/10_searches.ipynb #17a91fd0
-from .search import LCB, Search, SearchTree
+from ..arguments import one_of
+from .search import LCB, Search, SearchTree, check_tree
 from .fast import BAST, FEW, PathLCB, TreeLCB, TreeLCBV, tree_lcb
 from .rivals import (EpsilonGreedy, FlatLCB, PrintedLCB, Random, Softmax, Sweep,
                                     Thompson, UCT)
@@ -28,8 +29,7 @@ SEARCHES = {
 # %% ../../nbs/engine/10_searches.ipynb #6332f39e
 def check_search(name: str) -> None:
     "Raise ValueError when there is no search of that name."
-    if name not in SEARCHES:
-        raise ValueError(f"Unknown search {name!r}; known are {', '.join(SEARCHES)}.")
+    one_of("search", name, SEARCHES)
 
 # %% ../../nbs/engine/10_searches.ipynb #ec2fabab
 def get_search(
@@ -40,5 +40,5 @@ def get_search(
     **options,  # of that search, e.g. c=0.1 for "tree-lcb"
 ) -> Search:
     "A search by name. Raises ValueError for an unknown name and for an empty tree."
-    check_search(name)
+    check_search(name), check_tree(tree)
     return SEARCHES[name](tree, n_layers, seed, **options)

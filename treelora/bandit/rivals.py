@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from ..arguments import number, whole
 from .search import LCB, Search, _checked
 from ..patch import patch
 
@@ -56,7 +57,8 @@ class EpsilonGreedy(Search):
 
     def __init__(self, tree, n_layers, seed=0, epsilon: float = 0.1):
         super().__init__(tree, n_layers, seed)
-        self.epsilon = epsilon
+        self.epsilon = number("epsilon", epsilon)
+        if epsilon > 1: raise ValueError(f"epsilon={epsilon} must be at most 1: a share.")
 
     def choose(self, t):
         anything = torch.randint(self.n_arms, (self.n_layers,), generator=self.rng)
@@ -76,7 +78,7 @@ class Thompson(Search):
 
     def __init__(self, tree, n_layers, seed=0, c: float = 1.0):
         super().__init__(tree, n_layers, seed)
-        self.c = c
+        self.c = number("c", c, negative=True)
 
     def choose(self, t):
         n = self.counts[:, self.nodes.leaves] + 1  # the prior: one loss of 0, most hopeful
@@ -117,7 +119,8 @@ class Softmax(Search):
 
     def __init__(self, tree, n_layers, seed=0, horizon: int = 1000):
         super().__init__(tree, n_layers, seed)
-        self.horizon, self.before = horizon, 0  # T, and the rounds before this epoch
+        self.horizon = whole("horizon", horizon, 1)  # T
+        self.before = 0  # rounds before this epoch
         branch = self.nodes.left[0] if self.n_arms > 1 else torch.tensor(0)
         self.in_branch = (self.nodes.paths == branch).any(1)
 

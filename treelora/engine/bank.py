@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import shown
 from .kept import Kept
 from ..patch import patch
 from ..signature import Layout
@@ -190,7 +191,9 @@ def drop(self: Bank) -> None:
 @patch
 def adapter(self: Bank, name: str) -> torch.Tensor:  # (L, D)
     "A task's adapter. Raises ValueError for an unknown task."
-    if name not in self: raise ValueError(f"No adapter of a task {name!r}; the bank has {self.names}.")
+    if not isinstance(name, str) or name not in self:
+        raise ValueError(f"No adapter of a task {shown(name)}; "
+                         f"the bank has {shown(self.names, 500)}.")
     return self.adapters[self.slot[self.names.index(name)]]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..arguments import module, shown, text
 from .loops import uncut
 from ..lora import LoRALinear, lora_layers, lora_modules, variant
 from ..patch import patch
@@ -102,6 +103,7 @@ def check_model(
     trains: bool = True,  # whether the adapter is to be trained
 ) -> nn.Module:  # the model itself, without the wrapper of `torch.compile`
     "Raise ValueError with the first sentence that fits a model."
+    module("model", model), text("adapter", adapter)
     for question in QUESTIONS + TRAINING * trains:
         if problem := question(model, adapter): raise ValueError(problem)
     uncut(lora_layers(model, adapter))
@@ -266,8 +268,8 @@ def check(
     base_changed: str = "refuse",  # "allow": whatever lies under the adapters
 ) -> None:
     "Raise ValueError when a state was made on another model than this one."
-    if base_changed not in ("refuse", "allow"):
-        raise ValueError(f'base_changed={base_changed!r} must be "refuse" or "allow".')
+    if not isinstance(base_changed, str) or base_changed not in ("refuse", "allow"):
+        raise ValueError(f'base_changed={shown(base_changed)} must be "refuse" or "allow".')
     if plain is None: return
     try: adapters, base = _unpacked(plain)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:

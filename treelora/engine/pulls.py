@@ -8,7 +8,7 @@ __all__ = ['PENALTIES', 'Pull', 'L1Pull', 'ProxPull', 'DotPull']
 # %% ../../nbs/engine/18_pulls.ipynb #6396d4b8
 import torch
 
-from .arguments import number
+from ..arguments import number
 from .device import ModelAdapter, bytes_of
 from .fused import Arithmetic
 from .signals import one_number
@@ -33,8 +33,7 @@ class Pull:
 
     def be(self, lam: float) -> None:
         "Have another strength from now on. Raises ValueError for what is none."
-        number("lam", lam)
-        self.lam = lam
+        self.lam = number("lam", lam)
 
     @property
     def power(self) -> int:

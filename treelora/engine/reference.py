@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from .arguments import number, switch, whole
+from ..arguments import number, shown, switch, whole
 from ..signature import Layout, Rows
 
 # %% ../../nbs/engine/29_reference.ipynb #38ca3cfb
@@ -43,10 +43,10 @@ def as_reference(
     "The choices with what was given. Raises ValueError for an unknown name."
     known = [f.name for f in fields(Reference)]
     if not isinstance(given, dict | None):
-        raise ValueError(f"reference={given!r} must be a dictionary of its choices.")
+        raise ValueError(f"reference={shown(given)} must be a dictionary of its choices.")
     for name in given or {}:
         if name not in known:
-            raise ValueError(f"Unknown choice {name!r} of a reference; "
+            raise ValueError(f"Unknown choice {shown(name)} of a reference; "
                              f"known are {', '.join(known)}.")
     return Reference(**(given or {}))
 

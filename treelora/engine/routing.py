@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .arguments import rows, tasks_of, whole
+from ..arguments import function, rows, shown, tasks_of, whole
 from .bank import Bank
 from .features import FeatureStats
 from ..lora import adapters_off, row_adapters
@@ -155,10 +155,15 @@ def grouped(
     run: Callable[[int, torch.Tensor], torch.Tensor],  # outputs of one task's inputs
 ) -> torch.Tensor:  # (n, ...)
     "Run the inputs task by task and put the outputs back in order."
+    if not isinstance(inputs, torch.Tensor):
+        raise ValueError(f"inputs={shown(inputs)} must be a tensor, one row per input.")
     tasks, out = tasks.to(inputs.device), None
     for task in tasks.unique().tolist():
         rows = tasks == task
         part = run(task, inputs[rows])
+        if not isinstance(part, torch.Tensor) or len(part) != rows.sum():
+            raise ValueError(f"forward gave {shown(part)}; it must give a tensor with one row "
+                             "per input.")
         if out is None: out = part.new_empty(len(inputs), *part.shape[1:])
         out[rows] = part
     return out
@@ -236,6 +241,7 @@ def infer(
     features: Callable[[torch.Tensor], torch.Tensor] | None,  # inputs -> (n, F)
 ) -> torch.Tensor:  # (n, ...)
     "Outputs under the adapter of each input's task. Raises ValueError without `features`."
+    function("forward", forward)
     with self.serving(self.tasks_of(inputs, features)): return forward(inputs)
 
 
@@ -243,4 +249,5 @@ def infer(
 def tasks_of(self: Router, inputs: torch.Tensor, features: Callable | None) -> torch.Tensor:  # (n,)
     "The task of each input, by un-adapted features. Raises ValueError without `features`."
     if features is None: raise ValueError('inference="routed" needs features=f, f the model\'s features of some inputs.')
+    function("features", features)
     with adapters_off(self.model): return self.route(features(inputs))

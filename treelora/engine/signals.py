@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..arguments import shown
 from .device import ModelAdapter
 from .fused import Arithmetic
 from .task import TaskInProgress
@@ -90,8 +91,8 @@ def one_number(loss) -> torch.Tensor:
     "A loss as a tensor. Raises ValueError when it is not one number."
     try: value = torch.as_tensor(loss)
     except (TypeError, ValueError, RuntimeError): value = torch.empty(0)
-    if value.numel() != 1:
-        got = list(value.shape) if isinstance(loss, torch.Tensor) else repr(loss)
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex() or value.is_meta:
+        got = list(value.shape) if value.numel() > 1 else shown(loss)
         raise ValueError(f"A loss must be one number, not {got}.")
     return value
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+from ..arguments import text
 from ..engine.files import replace_file
 
 # %% ../../nbs/learning/04_cldr.ipynb #c1d70009
@@ -79,6 +80,7 @@ def cldr_code(
 ) -> str:
     "A language's code as the file spells it; `ValueError` for one that is not there."
     names = names or shipped_cldr()
+    if language != "": text("language", language)
     wanted = language.strip().replace("-", "_").lower()
     known = _spellings(names) if names is not shipped_cldr() else _shipped_spellings()
     if wanted in known: return known[wanted]

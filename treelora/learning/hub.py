@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..algorithm import TreeLoRA
+from ..arguments import place as check_place, shown, switch, text
 from ..engine.checkpoint import remove, write_peft_folder
 from ..engine.files import part_name, shortened, write_file
 
@@ -23,11 +24,12 @@ def is_repository(
     place: str | Path,  # OWNER/NAME; or a `Path`, an existing folder, or a text that begins with `.`, `/` or `~`
 ) -> bool:
     "Whether a place is a repository of the hub, rather than a folder. Raises ValueError for what is neither."
+    if isinstance(place, str | os.PathLike) and place: check_place("place", place)
     if isinstance(place, os.PathLike): return False
     if isinstance(place, str) and place.strip():
         if place.startswith((".", "~")) or Path(place).is_absolute() or Path(place).is_dir(): return False
         if REPOSITORY.fullmatch(place): return True
-    raise ValueError(f"{place!r} is neither a folder nor a repository: write ./NAME for a folder, OWNER/NAME for a repository of the hub.")
+    raise ValueError(f"{shown(place)} is neither a folder nor a repository: write ./NAME for a folder, OWNER/NAME for a repository of the hub.")
 
 # %% ../../nbs/learning/15_hub.ipynb #77a00013
 def task_folder(
@@ -35,6 +37,9 @@ def task_folder(
     task: str,  # a learned one
 ) -> str:  # within the shared folder, e.g. "tasks/2-pt"
     "Where a task's adapter lies; its number keeps names apart that differ only in signs that a path cannot have."
+    if not isinstance(task, str) or task not in tl.bank:
+        raise ValueError(f"There is no task {shown(task)}; the bank has "
+                         f"{shown(tl.bank.names, 500)}.")
     number = tl.bank.names.index(task) + 1
     name = "-".join([str(number), *re.findall(r"\w+", task, re.ASCII)])
     return f"tasks/{shortened(name, task)}"
@@ -67,6 +72,9 @@ def model_card(
     stream: str | None = None,  # where the tasks come from, in a few words
 ) -> str:  # markdown
     "The README.md of a shared folder. Raises ValueError for a licence or base model that is no single word."
+    check_place("place", place)
+    text("license", license), text("stream", stream, optional=True)
+    text("base_model", base_model, optional=True)
     peft = hasattr(tl.model, "peft_config")
     theirs = tl.model.peft_config[tl.adapter].base_model_name_or_path if peft else None
     base = base_model or theirs or None
@@ -135,9 +143,12 @@ def push(
     """Share bank, tree and adapters, with a model card; what was shared at the same place before is replaced.
 
     Raises ValueError without a task, inside one, or for a folder that holds other things; ConnectionError when the hub does not take it."""
+    if not isinstance(tl, TreeLoRA): raise ValueError(f"tl={shown(tl)} must be a TreeLoRA.")
+    switch("private", private), text("token", token, optional=True)
     if not tl.bank.names: raise ValueError("No task has been learned yet, so there is nothing to share; push after the first task has ended.")
+    there = is_repository(place)
     card = model_card(tl, place, license, base_model, stream)
-    if not is_repository(place): return str(_write(tl, Path(place).expanduser(), card))
+    if not there: return str(_write(tl, Path(place).expanduser(), card))
     with tempfile.TemporaryDirectory() as folder:
         return _upload(_write(tl, Path(folder), card), place, private, token)
 
@@ -204,6 +215,7 @@ def pull(
     """What `push` shared, ready to go on; the model gets the adapter that was in the other one then.
 
     Raises FileNotFoundError where nothing was shared, ValueError for a damaged folder or another model's, ConnectionError when the hub does not give it."""
+    text("revision", revision, optional=True), text("token", token, optional=True)
     if is_repository(place): return TreeLoRA.load(_download(place, revision, token), model, adapter, base_changed)
     if revision is not None: raise ValueError(f"{place} is a folder, which has no revisions; leave out revision={revision!r}.")
     return TreeLoRA.load(Path(place).expanduser(), model, adapter, base_changed)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from ..arguments import whole
 from ..engine.checkpoint import Checkpoints, Weights, check_writable, fingerprint, peft_names, random_states, read_peft, restore_random_states, write_peft
 from ..engine.files import readable
 from ..engine.packer import Packer
@@ -145,8 +146,7 @@ class Keeper:
         every: int | None = None,  # steps; None: at each task's end alone
         resume: bool = False,  # go on from the latest checkpoint, if there is one
     ):
-        if every is not None and every < 1: raise ValueError(f"checkpoint_every={every} must "
-                                                             f"be at least 1.")
+        every = whole("checkpoint_every", every, 1, optional=True)
         check_writable(folder)
         self.learner, self.every, self.again, self.restarts = learner, every, resume, 0
         method = learner.method

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 
+from ..arguments import place, seed_of, shown, switch, whole
 from ..engine.files import replace_file
 
 # %% ../../nbs/learning/06_models.ipynb #a50a51f8
@@ -138,8 +139,12 @@ def get_model(
     seed: int = 0,  # of all weights that are not loaded
 ) -> VisionTransformer:
     "A vision transformer; `ValueError` for an unknown name or weights that do not fit, `FileNotFoundError` for none."
-    if name not in MODELS: raise ValueError(f"There is no model {name!r}; the known models are {list_models()}.")
-    if n_classes < 0: raise ValueError(f"n_classes must be at least 0, got {n_classes}.")
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(f"There is no model {shown(name)}; the known models are "
+                         f"{list_models()}.")
+    n_classes = whole("n_classes", n_classes, 0, most=10 ** 6)
+    switch("pretrained", pretrained), place("weights", weights, optional=True)
+    seed = seed_of(seed)
     model = _build(name, n_classes, seed)
     if weights is not None: return load_weights(model, weights)
     return _pretrained(model, name) if pretrained else model

@@ -20,6 +20,8 @@ from accelerate.utils import DistributedType, find_batch_size
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 
+from ..arguments import one_of
+
 # %% ../../nbs/learning/12_processes.ipynb #a4ae6e05
 class Shares:
     """Each batch of a sampler cut into one piece a process; one without a piece gets an
@@ -211,6 +213,7 @@ def make_accelerator(
 ) -> Accelerator:
     """Accelerate keeps one precision a process; a run in another one starts it anew. Raises
     ValueError for what cuts gradients up."""
+    one_of("precision", precision, ("no", "bf16", "fp16"))
     known = AcceleratorState._shared_state.get("_mixed_precision", precision)
     if known != precision: AcceleratorState._reset_state()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1

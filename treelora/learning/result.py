@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .. import metrics
+from ..arguments import place
 from ..engine.files import replace_file
 
 # %% ../../nbs/learning/10_result.ipynb #386b7a4f
@@ -156,6 +157,9 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         "Write the result as JSON, whole or not at all."
+        place("path", path)
+        if Path(path).is_dir():
+            raise ValueError(f"path={path} is a folder; give a file's name.")
         return replace_file(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
 
 # %% ../../nbs/learning/10_result.ipynb #eb02244a

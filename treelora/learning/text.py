@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .cldr import (ALIKE, MAX_NAME, blind_prompt, cldr_code, cldr_entry, cldr_languages,
                                     cldr_names, shown_names, told_apart)
 from .scores import METRICS, score
+from ..arguments import (names as listed, one_of, place, seed_of, shown as in_words, switch,
+                                whole)
 from ..streams import Stream, data_folders, register_stream
 
 # %% ../../nbs/learning/03_text.ipynb #9380374e
@@ -105,7 +107,8 @@ class LengthBuckets(Sampler):
         seed: int = 0,  # passes over the sampler continue the same sequence
         pool: int = 8,  # batches that are sorted together: 1 is plain shuffling, many give the same neighbours in each pass
     ):
-        if batch_size < 1: raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"The batch size must be at least 1, not {in_words(batch_size)}.")
         self.lengths, self.batch_size, self.pool = lengths, batch_size, pool
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -194,6 +197,7 @@ def cldr_split(
     seed: int = 0,
 ) -> tuple[list[str], list[str]]:  # concepts to train and to test with, as English names, each in the order of use
     "A fixed split of all English names, the same for every language."
+    seed = seed_of(seed)
     english = cldr_entry("en")
     concepts = sorted({*english.territories.values(), *english.languages.values()})
     random.Random(seed).shuffle(concepts)
@@ -232,7 +236,10 @@ def cldr_stream(
     blind: bool = False,  # whether a solved pair stands in place of the language's name
 ) -> TextStream:
     "Translation of names from English into one language after the other; `ValueError` for an unknown language or too few names."
-    languages, form = tuple(code.strip() for code in languages), "cldr-blind" if blind else "cldr"
+    switch("blind", blind)
+    n_train, n_test, seed = whole("n_train", n_train, 1), whole("n_test", n_test, 1), seed_of(seed)
+    languages = tuple(code.strip() for code in listed("languages", languages))
+    form = "cldr-blind" if blind else "cldr"
     name = form if languages == CLDR_LANGUAGES else f"{form}:{','.join(languages)}"
     if blind: _refuse_twice(languages)
     tasks = [_cldr_task(code, n_train, n_test, seed, blind) for code in languages]
@@ -300,7 +307,8 @@ def many_languages(
     seed: int = 0,  # draws the order, and which names are for training and which for testing
 ) -> TextStream:
     "Languages of eight families in random order, 160 names per language."
-    each = {"cldr-24": 3, "cldr-48": None}[name]
+    counts, seed = {"cldr-24": 3, "cldr-48": None}, seed_of(seed)
+    each = counts[one_of("stream of many languages", name, counts)]
     languages = [code for codes in MANY.values() for code in codes.split()[:each]]
     random.Random(seed).shuffle(languages)
     return replace(cldr_stream(languages, n_train=160, n_test=40, seed=seed), name=name)
@@ -311,7 +319,11 @@ def read_records(
     keys: Sequence[str],  # what each object must have, as text
 ) -> list[tuple[str, ...]]:  # their values, in the order of `keys`
     "Read a list of records; `ValueError` naming the file and the record for whatever is wrong with it."
+    place("path", path)
+    keys = listed("keys", keys)
     try: records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(records, list): raise ValueError(f"{path} should hold a list of records, but holds a {type(records).__name__}.")

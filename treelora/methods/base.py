@@ -19,6 +19,7 @@ from accelerate.utils import find_batch_size
 from torch import distributed, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
+from ..arguments import one_of
 from ..engine.ahead import input_of, stack_of, take_activations
 from ..engine.features import FeatureStats
 from ..engine.routing import grouped
@@ -525,9 +526,7 @@ def get_method(
     kind: str | None = None,  # "vision" or "language"; None: the first that there is
 ) -> type[Method]:
     "A method's class. Raises ValueError for a name that is unknown, or that the kind lacks."
-    if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}; known are {', '.join(METHODS)}.")
-    kinds = METHODS[name]
+    kinds = METHODS[one_of("method", name, METHODS)]
     if kind is not None and kind not in kinds:
         others = ", ".join(n for n in METHODS if kind in METHODS[n])
         raise ValueError(f"The method {name!r} learns {' and '.join(kinds)} streams, "

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
+from ..arguments import one_of, shown, whole
 from ..patch import patch
 from .balance import placed, reuse
 from .draw import as_svg, draw_tree
@@ -27,12 +28,9 @@ class TaskTree:
         depth: int | None = None,  # depth limit, at most the number of layers L; None means L
         budget: int | None = None,  # entries to keep; beyond it the two nearest merge
     ):
-        if split not in SCORES:
-            raise ValueError(f"Unknown split rule {split!r}; known are {', '.join(SCORES)}.")
-        for name, value in (("depth", depth), ("budget", budget)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1, or None.")
-        self.split, self.depth, self.budget = split, depth, budget
+        self.split = one_of("split rule", split, SCORES)
+        self.depth = whole("depth", depth, 1, optional=True)
+        self.budget = whole("budget", budget, 1, optional=True)
         self.root: Node | None = None
         self.n_splits = 0  # how many cuts were computed so far
         self._key, self._rows = {}, {}  # task -> key; key -> its L rows
@@ -58,8 +56,8 @@ def keys(self: TaskTree) -> list:
 @patch
 def key_of(self: TaskTree, task: Hashable) -> Hashable:
     "The task whose entry a task shares, mostly itself. Raises ValueError for an unknown task."
-    if task not in self:
-        raise ValueError(f"The tree has no task {task!r}; it has {self.tasks}.")
+    if not isinstance(task, Hashable) or task not in self:
+        raise ValueError(f"The tree has no task {shown(task)}; it has {shown(self.tasks, 500)}.")
     return self._key[task]
 
 # %% ../../nbs/core/04_tree.ipynb #6c66e624
@@ -68,11 +66,20 @@ def members(self: TaskTree, key: Hashable) -> list:
     "The tasks that share an entry."
     return [task for task, k in self._key.items() if k == key]
 
+# %% ../../nbs/core/04_tree.ipynb #7ee00050
+def _row(given) -> torch.Tensor:  # (D,)
+    "A layer's row, copied. Raises TypeError or RuntimeError for what is no real numbers."
+    row = torch.as_tensor(given).detach()
+    if row.is_complex() or row.is_meta: raise TypeError("no real numbers")
+    return row.to("cpu", torch.float32, copy=True).reshape(-1)
+
 # %% ../../nbs/core/04_tree.ipynb #95efdc88
 def _check_signature(signature, like: list | None) -> list[torch.Tensor]:
     "Rows as 1-d float tensors. Raises ValueError for empty, non-finite or misshapen ones."
-    rows = [torch.as_tensor(row).detach().to("cpu", torch.float32, copy=True).reshape(-1)
-            for row in signature]
+    try: rows = [_row(row) for row in signature]
+    except (TypeError, ValueError, RuntimeError):  # of what PyTorch cannot read
+        raise ValueError(f"A signature must be rows of real numbers, one per layer, "
+                         f"not {shown(signature)}.") from None
     if not rows or any(r.numel() == 0 for r in rows):
         raise ValueError("A signature needs at least one layer and no empty rows.")
     broken = [l for l, row in enumerate(rows) if not row.isfinite().all()]
@@ -113,6 +120,8 @@ def insert(
     signature: Sequence[torch.Tensor],  # (L, D), or L rows of different sizes
 ) -> list[tuple]:  # the merges that the budget forced: (key that stays, key that goes)
     "Add a task; a used name or bad rows raise ValueError and change nothing."
+    if not isinstance(task, Hashable):
+        raise ValueError(f"A task's name must be hashable, such as a text, not {shown(task)}.")
     if task in self:
         raise ValueError(f"The tree already has a task {task!r}; a name is used once.")
     self._rows[task] = _check_signature(signature, next(iter(self._rows.values()), None))
