@@ -19,7 +19,7 @@ from ..algorithm import TreeLoRA
 from ..engine.files import replace_file
 from ..learner import where
 from ..learning.result import one_thread
-from ..lora import lora_layers
+from ..lora import lora_modules
 
 # %% ../../nbs/experiments/13_serving.ipynb #89ce3423
 def _llama(hidden: int, layers: int) -> nn.Module:
@@ -53,9 +53,10 @@ def learned(model: nn.Module, n: int) -> TreeLoRA:
 def in_peft(model: nn.Module, n: int) -> nn.Module:
     "The same n adapters in PEFT's hands."
     for k in range(n): model.add_adapter(f"t{k}", model.peft_config["default"])
+    layers = lora_modules(model).values()  # once: each look takes longer with more adapters
     for k in range(n):
-        layers = lora_layers(model, f"t{k}")
-        _drawn([p for layer in layers for p in (layer.A, layer.B)], k)
+        pairs = ((x.lora_A[f"t{k}"], x.lora_B[f"t{k}"]) for x in layers)
+        _drawn([matrix.weight for pair in pairs for matrix in pair], k)
     return model.eval()
 
 # %% ../../nbs/experiments/13_serving.ipynb #7f5d5cfb
