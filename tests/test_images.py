@@ -37,7 +37,7 @@ def test_classes_that_are_named_stand_together():
 
 
 @pytest.mark.parametrize("per_task, words", [
-    (0, "from 1 to 11"), (12, "from 1 to 11"), (2.5, "from 1 to 11"), (None, "from 1 to 11"), ([5, 5], "add up to 11"), ([11, 0], "positive"), ("11", "positive"),
+    (0, "from 1 to 11"), (12, "from 1 to 11"), (2.5, "from 1 to 11"), (None, "from 1 to 11"), ([5, 5], "add up to 11"), ([11, 0], "positive"), ("11", "a whole number, or a list"),
     ([], "add up to 11"), ([[0, 1], []], "task without classes"), ([[0], [0]], "must list each of the classes"), ([list(range(10)), [12]], "must list each")])
 def test_partitions_that_do_not_add_up(per_task, words):
     with pytest.raises(ValueError, match=words): cut(per_task, class_order=None)

@@ -290,7 +290,7 @@ def row_adapters(
 ) -> Iterator[nn.Module]:
     "The model with row i of each batch under adapter which[i]. Raises ValueError for a layer that is no plain LoRA layer."
     modules = _adapted(model, names, pairs, which)
-    adds = [partial(_add_by_row, scale=_scale(module, adapter), A=A, B=B, which=which) for module, (A, B) in zip(modules, pairs)]
+    adds = [partial(_add_by_row, scale=_scale(module, adapter), A=A[which], B=B[which]) for module, (A, B) in zip(modules, pairs)]
     ours = [module for module in modules if isinstance(module, LoRALinear)]
     with adapters_off(model):
         for module in ours: module.by_row = True
@@ -333,13 +333,21 @@ def variant(
     return type(kinds[adapter]).__name__ if kinds.get(adapter) is not None else ""
 
 # %% ../nbs/core/02_lora.ipynb #4a100120
-def _add_by_row(module: nn.Module, args: tuple, output: torch.Tensor, scale: float, A: torch.Tensor, B: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    "A layer's output, plus each row's own correction."
-    if len(args[0]) != len(which):
-        raise ValueError(f"The tasks of {len(which)} rows were given, "
+def _plus(output: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    "An output plus scale * B low, row by row, in one pass over the output where types agree."
+    own = output.reshape(len(output), -1, output.shape[-1])
+    one = own.dtype == low.dtype
+    added = torch.baddbmm(own, low, B.mT, alpha=scale) if one else own + scale * (low @ B.mT)
+    return added.view(output.shape)
+
+
+def _add_by_row(module: nn.Module, args: tuple, output: torch.Tensor, scale: float, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    "A layer's output, plus each row's own correction: A and B have one for each row."
+    if len(args[0]) != len(A):
+        raise ValueError(f"The tasks of {len(A)} rows were given, "
                          f"but the batch has {len(args[0])}.")
-    x, (A, B) = args[0], (M[which].to(args[0].dtype) for M in (A, B))
-    low = torch.einsum("n...i,nri->n...r", x, A)
-    if not isinstance(module, LoRALinear): return output + scale * torch.einsum("n...r,nor->n...o", low, B)
-    low = low.unflatten(-1, (len(module.slots), module.r))
+    x, (A, B) = args[0], (M.to(args[0].dtype) for M in (A, B))
+    low = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), A.mT)
+    if not isinstance(module, LoRALinear): return _plus(output, low, B, scale)
+    low = low.view(*x.shape[:-1], -1).unflatten(-1, (len(module.slots), module.r))
     return output + module.spread(scale * torch.einsum("n...pr,npor->n...po", low, B))
