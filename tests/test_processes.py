@@ -55,7 +55,7 @@ def test_two_processes_take_the_steps_of_one(case, settings, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(tmp_path):
     kept = dict(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=2)
-    died = launch("vision", tmp_path / "out", check=False, look_every=5, die=[1, 4], **kept)  # time for the other process to say what it saw
+    died = launch("vision", tmp_path / "out", check=False, look_every=25, die=[1, 4], **kept)  # time for the other process to say what it saw
     assert died.returncode != 0 and not (tmp_path / "out").exists()
     assert "ConnectionError: Process 0 of 2 lost contact with another one, which has probably died, in stage 2 of 3; its checkpoints are in" in died.stderr and "--resume" in died.stderr
     launch("vision", tmp_path / "out", resume=True, **kept)
