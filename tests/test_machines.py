@@ -92,6 +92,7 @@ def test_some_files_alone(commands, tmp_path):
     assert Path(command[0]).name == "nbdev_test" and command[-2:] == ["--path", "nbs/core/04_tree.ipynb"]
 
 
+@pytest.mark.slow
 def test_one_notebook_for_real(tmp_path):
     assert main(["--only", "other-seed", "--out", str(tmp_path), "nbs/methods/10_methods.ipynb"]) == 0
     log = (tmp_path / "other-seed-notebooks-10_methods.txt").read_text()

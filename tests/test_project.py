@@ -31,6 +31,7 @@ for module in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_modules_import_without_development_packages():
     modules = sorted(str(p.relative_to(ROOT))[:-3].replace("/", ".") for p in (ROOT / "treelora").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py"))
     done = subprocess.run([sys.executable, "-c", IMPORT_EACH, *modules], capture_output=True, text=True)

@@ -244,7 +244,8 @@ def test_hides_moments_are_those_of_the_features_under_its_prompts():
     assert torch.allclose(method.parts.identity.stats.means[2], torch.cat([features(method.model, x)[y == 2] for x, y in batches[1]]).double().mean(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [VISION[0], *(pytest.param(c, marks=pytest.mark.slow) for c in VISION[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", VISION)
 def test_vision_runs_and_repeats(cls):
     stream = get_stream("split-digits")
     first, second = (run(stream, cls, epochs=1, progress=False, curves=2) for _ in range(2))

@@ -127,9 +127,13 @@ FORMS = {"l1": {}, "prox": dict(penalty="prox"), "dot": dict(penalty="dot"), "lo
          "update": dict(signature="update", search="random"), "top": dict(top_fraction=0.5, budget=2),
          "authors": VARIANTS["authors"], "branch": VARIANTS["branch"] | dict(search_rounds=7), "held": dict(init="branch", search_rounds=3), "relative": dict(relative=True, lam=0.5),
          "reference": dict(signature="reference", init="branch", reference={"batches": 2})}
+QUICK = ("l1", "prox", "loss", "branch", "reference")  # of the forms; the others are run with the slow tests
 
 
-@pytest.mark.parametrize("form", FORMS)
+def some_slow(forms): return [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in forms]
+
+
+@pytest.mark.parametrize("form", some_slow(FORMS))
 def test_same_as_the_bare_loop(form, tmp_path):
     a, b = (TreeLoRA(tiny_model(), **FORMS[form]) for _ in range(2))
     assert_same(with_trainer(a, tmp_path), with_bare_loop(b))
@@ -198,7 +202,7 @@ class Features(TrainerCallback):
         self.tl.record_features(torch.randn(4, 3, generator=torch.Generator().manual_seed(state.global_step)), [0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("where, form", [("new process", form) for form in FORMS] + [("same process", "prox"), ("bank loaded", "fresh")])
+@pytest.mark.parametrize("where, form", [pytest.param("new process", form, marks=() if form in QUICK else pytest.mark.slow) for form in FORMS] + [("same process", "prox"), ("bank loaded", "fresh")])
 def test_resumed_run_is_the_same(form, where, tmp_path):
     "Cut off in the third task, after step 5, and resumed from the checkpoint of step 4 (`held`: from within the search for the branch)."
     def run(tl, folder, *more, resume=None):
@@ -298,7 +302,7 @@ def assert_untouched(tl, names, adapter):
     assert not listening(tl) and not tl.model._forward_hooks and not tl.model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("form", ["l1", "prox", "loss"])
+@pytest.mark.parametrize("form", ["loss", *(pytest.param(form, marks=pytest.mark.slow) for form in ("l1", "prox"))])
 def test_interrupted_training(form, tmp_path):
     tl = with_trainer(TreeLoRA(tiny_model(), **FORMS[form]), tmp_path, ["up"])
     adapter = tl.live.read()
