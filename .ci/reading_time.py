@@ -39,7 +39,7 @@ def report(root: Path) -> tuple[list[str], float]:
     "One line per page, and the minutes of all."
     pages = {p.name: page(p) for p in sorted((root / "nbs" / "core").glob("*.ipynb"))}
     total = sum(minutes(*x) for x in pages.values())
-    return [f"{name:22} {w:6} words {n:5} lines {minutes(w, n):5.0f} min" for name, (w, n) in pages.items()] + [f"all core pages: {total:.0f} minutes, at most {EVENING}"], total
+    return [f"{name:22} {w:6} words {n:5} lines {minutes(w, n):5.0f} min" for name, (w, n) in pages.items()] + [f"all core pages: {total:.1f} minutes, at most {EVENING}"], total
 
 
 def main() -> int:
