@@ -38,4 +38,4 @@ def test_minutes_of_all_pages(tmp_path):
     write(tmp_path / "nbs" / "core" / "b.ipynb", new_code_cell("\n".join(f"x{i} = {i}" for i in range(24))))
     write(tmp_path / "nbs" / "theory" / "c.ipynb", new_markdown_cell("word " * 400))
     lines, total = report(tmp_path)
-    assert total == 4 and [x.split()[0] for x in lines] == ["a.ipynb", "b.ipynb", "all"] and "4 minutes" in lines[-1]
+    assert total == 4 and [x.split()[0] for x in lines] == ["a.ipynb", "b.ipynb", "all"] and "4.0 minutes" in lines[-1]
