@@ -87,9 +87,10 @@ lock:  ## write requirements.lock anew from settings.ini
 	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
 	PATH="$$PWD/.venv-lock/bin:$$PATH" $(PYTHON) .ci/lock.py
 
-readme: .venv/ready  ## write README.md from nbs/index.ipynb, and the twin for Colab from nbs/core/00_nano.ipynb
+readme: .venv/ready  ## write README.md from nbs/index.ipynb, the twin for Colab from nbs/core/00_nano.ipynb, and the list of pages nbs/llms.txt
 	$(BIN)/python .ci/readme.py
 	$(BIN)/python .ci/colab.py
+	$(BIN)/python .ci/llms.py
 
 docs: docs-check  ## build the site into _docs; needs Quarto
 	@command -v quarto >/dev/null || { echo "The site needs Quarto (quarto.org); without it, make docs-check checks what can be checked."; exit 1; }
@@ -98,6 +99,7 @@ docs: docs-check  ## build the site into _docs; needs Quarto
 docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outputs, sizes and reading time, without Quarto
 	$(BIN)/python .ci/docs_check.py
 	$(BIN)/python .ci/colab.py --check
+	$(BIN)/python .ci/llms.py --check
 	$(BIN)/python .ci/reading_time.py
 
 bench: .venv/ready  ## measure the step and the search on this machine

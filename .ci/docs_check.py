@@ -111,7 +111,7 @@ def settings_faults(source: Path) -> list[str]:
     has = {"website: search": site.get("search"), "website: page-navigation": site.get("page-navigation"), "website: repo-url": site.get("repo-url"),
            "format: html: theme: light and dark": {"light", "dark"} <= set(html.get("theme") or ()), "format: html: html-math-method": html.get("html-math-method"),
            "metadata-files: nbdev.yml and sidebar.yml": {"nbdev.yml", "sidebar.yml"} <= set(quarto.get("metadata-files") or ())}
-    files = [html.get("css"), site.get("favicon")]
+    files = [html.get("css"), site.get("favicon"), *quarto.get("project", {}).get("resources", ())]
     return [f"nbs/_quarto.yml lacks {name}" for name, there in has.items() if not there] + [f"nbs/_quarto.yml names {f}, which does not exist" for f in files if f and not (source / f).exists()]
 
 

@@ -250,6 +250,27 @@ def _add_figures(commands) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.set_defaults(act=_figures)
 
+# %% ../nbs/tutorials/08_command_line.ipynb #5c2a7f11
+def _report(args) -> None:
+    from treelora.paper.cards import save_claims
+    from treelora.paper.report import report
+    if not args.results.is_dir():
+        raise ValueError(f"There is no folder {args.results} with results; give another one by "
+                         "--results.")
+    found = report(args.results)
+    print(", ".join(f"{n} {verdict}" for verdict, n in found.counts().items() if n))
+    for claim in found.claims:
+        finding = found.findings[claim.id]
+        print(f"\n{claim.id}: {claim.says} ({claim.where})\n  {finding.verdict}: {finding.found}")
+    if args.json: print(f"\n{save_claims(args.json, args.results)} has them as data.")
+
+# %% ../nbs/tutorials/08_command_line.ipynb #5c2a7f12
+def _add_report(commands) -> None:
+    p = commands.add_parser("report", help="judge the paper's claims by the results that are there")
+    p.add_argument("--json", type=Path, help="file for all claims as data")
+    p.add_argument("--results", type=Path, default=Path("results"))
+    p.set_defaults(act=_report)
+
 # %% ../nbs/tutorials/08_command_line.ipynb #3eccd137
 def _facts(body: list[ast.stmt]) -> dict:
     "Constants that a class's body gives names to, as in `name, year = 'seqlora', 2022`."
@@ -394,7 +415,7 @@ def _add_pretrain(commands) -> None:
     p.set_defaults(act=_pretrain)
 
 # %% ../nbs/tutorials/08_command_line.ipynb #077c6943
-COMMANDS = (_add_run, _add_campaign, _add_compare, _add_figures, _add_table, _add_streams, _add_methods, _add_bench,
+COMMANDS = (_add_run, _add_campaign, _add_compare, _add_figures, _add_report, _add_table, _add_streams, _add_methods, _add_bench,
             _add_ablate, _add_cldr, _add_pretrain)
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..bandit import SEARCHES
 from ..engine.files import replace_file
-from .tuning import tuned_rate
+from .tuning import tuned_under
 from ..metrics import task_seconds, training_seconds
 from .language import agreement, saved_kinship
 from ..paper.figures import load_results, look, new_figure, style
@@ -48,7 +48,7 @@ ABLATIONS: dict[str, list[Change]] = {
     "epochs": [*_each("epochs", (1, 2, 5, 10), "epochs: {}"), *_each("epochs", (1, 2, 5, 10), "epochs: {}", method="hidelora")],
     "depth": [*_each("blocks", range(1, 7), "adapted blocks: {}"), *_each("blocks", range(1, 7), "adapted blocks: {}", method="olora")],
     "parts": [Change("no penalty, no search", {"lam": 0.0}), Change("penalty, random search", {"search": "random"}), Change("penalty, LCB search")],
-    "lambda": _each("lam", (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 3.0), "lambda={}"),
+    "lambda": _each("lam", (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 3.0, 10.0, 30.0), "lambda={}"),
     "rate": _each("lr", (0.0005, 0.001, 0.003, 0.005, 0.007, 0.01), "alpha={}"),
     "signature": _each("signature", ("grad", "update", "weight")),
     "split": _each("split", ("l1", "dot", "dot-diff", "axis")),
@@ -92,7 +92,8 @@ def _data_seed(change: Change, seed: int) -> int:
 def _changed(stream: str, change: Change, seed: int, results: str | Path, progress: bool) -> dict:
     "One run."
     tasks = get_stream(stream, "quick", **({"seed": seed} | change.stream))
-    r = run(tasks, change.method, "quick", seed, progress=progress, **({"lr": tuned_rate(results, stream, "quick", change.rate_of or change.method)} | change.settings))
+    own = tuned_under(results, stream, "quick", change.rate_of or change.method, change.settings)
+    r = run(tasks, change.method, "quick", seed, progress=progress, **(own | change.settings))
     return {"op": round(r.op, 6), "bwt": round(r.bwt, 6), "train": round(r.seconds_by_phase["train"], 3),
             "end_of_task": round(r.seconds_by_phase["end_of_task"], 3),
             "data_seed": _data_seed(change, seed), "sha256": r.sha256}

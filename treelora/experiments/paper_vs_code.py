@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..algorithm import VARIANTS
-from .tuning import tuned_rate
+from .tuning import tuned_under
 from .vision import check_data, result_path
 from ..learner import run
 from ..paper.tables import NOTHING, Table, noted, same_data
@@ -60,7 +60,8 @@ def run_switches(
 def _run_switch(path: Path, seed: int, base: str, point: str, results: str | Path, missing_only: bool, progress: bool) -> Path:
     "One run into one file, unless the file is there and may stay."
     if missing_only and path.exists(): return path
-    return run(STREAM, base, SCALE, seed, lr=tuned_rate(results, STREAM, SCALE, base), progress=progress, **SWITCHES[point]).save(path)
+    own = tuned_under(results, STREAM, SCALE, base, SWITCHES[point])
+    return run(STREAM, base, SCALE, seed, progress=progress, **(own | SWITCHES[point])).save(path)
 
 # %% ../../nbs/experiments/06_paper_vs_code.ipynb #pvc0082
 def switch_scores(

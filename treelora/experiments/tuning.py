@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Grid', 'mean_score', 'beyond', 'grown', 'next_trials', 'tuning_file', 'read_tuning', 'add_trial', 'choose', 'tuned',
-           'tuned_rate', 'tried', 'tried_table']
+           'tuned_rate', 'tuned_under', 'tried', 'tried_table']
 
 # %% ../../nbs/experiments/08_tuning.ipynb #de490942
 import json
@@ -162,6 +162,19 @@ def tuned_rate(
 ) -> float | None:  # None where nothing was tuned: the scale's default
     "The learning rate that was chosen."
     return tuned(results, stream, scale, method).get("lr")
+
+# %% ../../nbs/experiments/08_tuning.ipynb #7a1c0b53
+def tuned_under(
+    results: str | Path,
+    stream: str,
+    folder: str,
+    method: str,
+    changes: dict,  # what is set otherwise: of `run`, and of the method
+) -> dict:  # learning rate and options
+    "What was chosen for a method, less what some changes replace."
+    replaced = set(changes) | ({"lam"} if changes.get("penalty", "l1") != "l1" else set())
+    found = tuned(results, stream, folder, method)
+    return {k: v for k, v in found.items() if k not in replaced}
 
 # %% ../../nbs/experiments/08_tuning.ipynb #48bb43a5
 def tried(
