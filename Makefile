@@ -93,6 +93,7 @@ readme: .venv/ready  ## write README.md from nbs/index.ipynb, and the twin for C
 
 docs: docs-check  ## build the site into _docs; needs Quarto
 	@command -v quarto >/dev/null || { echo "The site needs Quarto (quarto.org); without it, make docs-check checks what can be checked."; exit 1; }
+	touch README.md  # made by make readme; nbdev would write it anew, otherwise, where it is older than its notebook
 	$(BIN)/nbdev_docs
 	$(BIN)/python .ci/docs_offline.py _docs
 
@@ -104,7 +105,7 @@ docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outpu
 # a browser's driver, its accessibility checks and pandoc, in an environment of their own; the browser is Debian's
 .venv-look/ready: Makefile
 	test -x .venv-look/bin/python || $(PYTHON) -m venv .venv-look
-	.venv-look/bin/python -m pip install --quiet playwright==1.65.2 axe-core-python==0.1.0 pypandoc-binary==1.15 pyyaml
+	.venv-look/bin/python -m pip install --quiet playwright==1.65.2 axe-playwright-python==0.1.8 pypandoc-binary==1.15 pyyaml
 	@touch $@
 
 docs-look: .venv/ready  ## build the pages without Quarto and look at each in a browser, at 1400 and 400 px; needs Debian's chromium

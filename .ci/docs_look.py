@@ -40,7 +40,7 @@ def browser() -> str:
 
 def axe() -> str:
     "The text of axe-core, which a package of .venv-look carries."
-    return (Path(importlib.util.find_spec("axe_core_python").submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
+    return (Path(importlib.util.find_spec("axe_playwright_python").submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
 
 
 def names(asked: list[str]) -> list[str]:

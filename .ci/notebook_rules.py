@@ -111,6 +111,15 @@ def signature_faults(source: str) -> list[str]:
     return [f"backticks in the comment of a parameter: {line.split('#', 1)[1].strip()[:60]!r}" for line in heads if re.search(r"\s#[^#\"']*`", line)]
 
 
+def docstring_faults(source: str) -> list[str]:
+    "Exported docstrings whose first line, which nbdev sets in italics by itself, leaves a bracket or a backtick open."
+    if not re.search(r"^#\|\s*exports?\b", source, re.M): return []
+    try: nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    except SyntaxError: return []
+    firsts = [(ast.get_docstring(n) or "").split("\n")[0] for n in nodes]
+    return [f"the first line of a docstring leaves something open: {x[:60]!r}" for x in firsts if x.count("`") % 2 or x.count("[") != x.count("]")]
+
+
 def wide_faults(source: str) -> list[str]:
     "Lines of shown code that the site cuts."
     wide = [len(x) for x in source.splitlines() if len(x) > WIDTH and not DIRECTIVE.match(x)] if is_shown(source) else []
@@ -191,7 +200,7 @@ def markdown_faults(text: str) -> list[str]:
 def cell_faults(cell, first: bool, root: Path) -> list[str]:
     "What is wrong with a cell."
     if cell.cell_type != "code": return matter_faults(cell, first) + markdown_faults(cell.source) + cited_faults(written(cell.source), root)
-    return directive_faults(cell.source) + caption_faults(cell) + resting_faults(cell) + foreign_faults(cell) + raw_faults(cell) + signature_faults(cell.source) + wide_faults(cell.source) + cited_faults(said(cell.source), root)
+    return directive_faults(cell.source) + caption_faults(cell) + resting_faults(cell) + foreign_faults(cell) + raw_faults(cell) + signature_faults(cell.source) + docstring_faults(cell.source) + wide_faults(cell.source) + cited_faults(said(cell.source), root)
 
 
 def rule_faults(nb, root: Path) -> list[str]:

@@ -186,6 +186,7 @@ def test_cells_that_keep_to_the_rules(site, cell):
     ('#| export\ndef f():\n    "Descends (DESIGN 2.7)."', "cell 2: 'DESIGN 2.7' is cited, which a reader does not have"),
     ('#| hide\nclass A:\n    "See PAPER.md."', "cell 2: 'PAPER.md' is cited, which a reader does not have"),
     ("#| export\ndef f(\n    tree,  # a `TaskTree`\n): return tree", "cell 2: backticks in the comment of a parameter: 'a `TaskTree`'"),
+    ('#| export\ndef f():\n    """Outside [0,\n    1]."""', "cell 2: the first line of a docstring leaves something open: 'Outside [0,'"),
     ("x = 1  # routed (2.7)", "cell 2: '(2.7)' is cited, which a reader does not have"),
 ])
 def test_code_that_breaks_a_rule(site, source, said):

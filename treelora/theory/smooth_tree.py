@@ -144,8 +144,7 @@ class SmoothTree(_Arms):
         gamma: float = 0.5,
         noise: str = "bernoulli",
     ) -> "SmoothTree":
-        """An environment with given means on a given tree. Raises ValueError for means outside [0,
-        1]."""
+        "An environment with given means on a given tree. Raises ValueError for means outside 0 to 1."
         _check(1, delta, gamma, 2, None)
         tree = cls.__new__(cls)
         tree._set(torch.as_tensor(means).double(), range(len(means)) if shape is None else shape, delta, gamma, noise, 2)
