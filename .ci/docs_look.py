@@ -4,16 +4,17 @@ The pages are built with nbdev's processing (.ci/docs_process.py) and pandoc's H
 for parts wider than the screen, cut code, missing pictures, errors on the console, requests to other hosts, and the serious findings of axe (accessibility); on a dark page for contrast.
 Prints a table of findings; the exit code is 1 if there is one. Pictures of ten pages, or of those that were named, go to _look/pictures."""
 import argparse, functools, http.server, importlib.util, os, shutil, subprocess, sys, threading
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where tests run this file by its path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, LOOK = ROOT / "nbs", ROOT / "_look"
 SITE = LOOK / "site"
 WIDTHS, HEIGHT, TALL = {"wide": 1400, "phone": 400}, 900, 4500  # pixels of the window, and of a picture at most
 SHOWN = ("index", "core/00_nano", "core/05_search", "core/06_pull", "learning/09_decompose", "theory/02_regret", "methods/10_methods", "experiments/02_language", "paper/04_tables", "paper/06_report")
 PATIENCE = 300_000  # milliseconds that a step may take on a busy machine
-KINDS = ("wider than the screen", "cut code", "missing picture", "console error", "other host", "axe", "axe, dark")
+KINDS = {"wider than the screen": "wide", "cut code": "cut", "missing picture": "picture", "console error": "console", "other host": "host", "axe": "axe", "axe, dark": "dark"}
 
 WIDER = """() => {
   const wide = document.documentElement.clientWidth, found = [];
@@ -57,9 +58,10 @@ def build(pages: list[str]) -> dict[str, str]:
     "Process pages and write their HTML; returns the address of each."
     import pypandoc
     from docs_html import order, page, title_of
-    notebooks = [p for p in pages if p.endswith(".ipynb")]
-    python = ROOT / ".venv" / "bin" / "python"
-    if not os.environ.get("NOPROC"): subprocess.run([python, ROOT / ".ci" / "docs_process.py", LOOK / "proc", *notebooks], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    from docs_process import stale
+    notebooks = [p for p in pages if p.endswith(".ipynb") and stale(p, LOOK / "proc")]
+    process = [ROOT / ".venv" / "bin" / "python", ROOT / ".ci" / "docs_process.py", LOOK / "proc", *notebooks]
+    if notebooks: subprocess.run(process, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     shutil.copytree(SOURCE, SITE, dirs_exist_ok=True, ignore=lambda folder, found: [n for n in found if n.endswith((".ipynb", ".qmd")) or n.startswith((".", "_"))])
     shutil.copy(ROOT / ".ci" / "look" / "base.css", SITE)
     titles = {p: title_of(SOURCE / p) for p, _ in order(SOURCE)}
@@ -116,21 +118,29 @@ def look(tab, address: str, host: str, width: str, script: str, shot: Path | Non
     return found
 
 
-def look_at_all(addresses: dict[str, str], shown: list[str]) -> dict[str, list[tuple[str, str, str]]]:
-    "All findings, by page: width, kind and sentence."
+def say(name: str, found: list[tuple[str, str, str]], most: int) -> None:
+    "Print a page's findings, at most so many of a kind and width."
+    counts = Counter()
+    for width, kind, why in found:
+        counts[width, kind] += 1
+        if counts[width, kind] <= most: print(f"{name} ({width}): {kind}: {why}", flush=True)
+
+
+def look_at_all(addresses: dict[str, str], shown: list[str], most: int) -> dict[str, list[tuple[str, str, str]]]:
+    "All findings, by page: width, kind and sentence; printed as they come."
     from playwright.sync_api import sync_playwright
-    findings, server, script = defaultdict(list), serve(SITE), axe()
+    findings, server, script = {}, serve(SITE), axe()
     host, pictures = f"http://127.0.0.1:{server.server_port}/", LOOK / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser(), args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        for width, w in WIDTHS.items():
-            tab = chromium.new_page(viewport={"width": w, "height": HEIGHT}, bypass_csp=True)
-            tab.set_default_timeout(PATIENCE)
-            for name, address in addresses.items():
-                stem = name.rpartition(".")[0]
-                shot = pictures / f"{stem.replace('/', '-')}-{width}.png" if stem in shown else None
-                findings[name] += [(width, kind, why) for kind, why in look(tab, address, host, width, script, shot)]
+        tabs = {width: chromium.new_page(viewport={"width": w, "height": HEIGHT}, bypass_csp=True) for width, w in WIDTHS.items()}
+        for tab in tabs.values(): tab.set_default_timeout(PATIENCE)
+        for name, address in addresses.items():
+            stem = name.rpartition(".")[0]
+            shots = {width: pictures / f"{stem.replace('/', '-')}-{width}.png" if stem in shown else None for width in tabs}
+            findings[name] = [(width, kind, why) for width, tab in tabs.items() for kind, why in look(tab, address, host, width, script, shots[width])]
+            say(name, findings[name], most)
         chromium.close()
     server.shutdown()
     return findings
@@ -140,8 +150,8 @@ def table(findings) -> str:
     "One row per page with a finding, a number per kind, and the sum."
     rows = [(name, Counter(kind for _, kind, _ in found)) for name, found in findings.items() if found]
     total = sum((c for _, c in rows), Counter())
-    lines = [f"{'page':34}" + "".join(f"{k:>23}" for k in KINDS)]
-    return "\n".join(lines + [f"{name:34}" + "".join(f"{c[k] or '':>23}" for k in KINDS) for name, c in [*rows, (f"{len(rows)} of {len(findings)} pages", total)]])
+    lines = [f"{'page':34}" + "".join(f"{short:>9}" for short in KINDS.values())]
+    return "\n".join(lines + [f"{name:34}" + "".join(f"{c[k] or '':>9}" for k in KINDS) for name, c in [*rows, (f"{len(rows)} of {len(findings)} pages", total)]])
 
 
 def main() -> int:
@@ -151,12 +161,8 @@ def main() -> int:
     asked = parser.parse_args()
     browser()
     pages = names(asked.pages)
-    findings = look_at_all(build(pages), [p.rpartition(".")[0] for p in pages] if asked.pages else list(SHOWN))
-    for name, found in findings.items():
-        counts = Counter()
-        for width, kind, why in found:
-            counts[width, kind] += 1
-            if asked.all or counts[width, kind] <= 3: print(f"{name} ({width}): {kind}: {why}")
+    shown = [p.rpartition(".")[0] for p in pages] if asked.pages else list(SHOWN)
+    findings = look_at_all(build(pages), shown, 10_000 if asked.all else 3)
     print(f"{len(findings)} pages: nothing found" if not any(findings.values()) else table(findings))
     return int(any(findings.values()))
 

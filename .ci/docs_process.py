@@ -1,9 +1,6 @@
-"""Process pages with nbdev, as nbdev_docs does, into a folder: what is hidden, folded, exported; parameters as tables. Pages that are newer than what lies there, unless named."""
+"""Process pages with nbdev, as nbdev_docs does, into a folder: what is hidden, folded, exported; parameters as tables. Of the named pages, those that are newer than what lies there."""
 import sys
 from pathlib import Path
-
-from nbdev.processors import FilterDefaults
-from nbdev.serve_drv import main as process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,8 +12,9 @@ def stale(name: str, folder: Path) -> bool:
 
 
 def run(folder: Path, names: list[str]) -> None:
-    for name in names:
-        if not stale(name, folder): continue
+    from nbdev.processors import FilterDefaults  # here: whoever only asks what is stale needs no nbdev
+    from nbdev.serve_drv import main as process
+    for name in (n for n in names if stale(n, folder)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         print(f"  {name}", flush=True)
         process((ROOT / "nbs" / name, folder / name, FilterDefaults))
