@@ -10,7 +10,7 @@ PYTEST := -m pytest -q -n 2 --dist worksteal
 LOCK := requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test notebooks tests test-slow test-oldest test-machines newest drift lock docs docs-check readme bench clean
+.PHONY: help figures test notebooks tests test-slow test-oldest test-machines newest drift lock docs docs-check docs-look readme bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -94,7 +94,9 @@ readme: .venv/ready  ## write README.md from nbs/index.ipynb, the twin for Colab
 
 docs: docs-check  ## build the site into _docs; needs Quarto
 	@command -v quarto >/dev/null || { echo "The site needs Quarto (quarto.org); without it, make docs-check checks what can be checked."; exit 1; }
+	touch README.md  # made by make readme; nbdev would write it anew, otherwise, where it is older than its notebook
 	$(BIN)/nbdev_docs
+	$(BIN)/python .ci/docs_offline.py _docs
 
 docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outputs, sizes and reading time, without Quarto
 	$(BIN)/python .ci/docs_check.py
@@ -102,9 +104,20 @@ docs-check: .venv/ready  ## check the notebooks' links, pages, directives, outpu
 	$(BIN)/python .ci/llms.py --check
 	$(BIN)/python .ci/reading_time.py
 
+# a browser's driver, its accessibility checks and pandoc, in an environment of their own; the browser is Debian's
+.venv-look/ready: Makefile
+	test -x .venv-look/bin/python || $(PYTHON) -m venv .venv-look
+	.venv-look/bin/python -m pip install --quiet playwright==1.65.2 axe-playwright-python==0.1.8 pypandoc-binary==1.15 pyyaml
+	@touch $@
+
+docs-look: .venv/ready  ## build the pages without Quarto and look at each in a browser, at 1400 and 400 px; needs Debian's chromium
+	@command -v chromium >/dev/null || { echo "docs-look needs Debian's chromium: apt-get install chromium."; exit 1; }
+	$(MAKE) .venv-look/ready
+	.venv-look/bin/python .ci/docs_look.py
+
 bench: .venv/ready  ## measure the step and the search on this machine
 	$(BIN)/treelora bench --out results/bench/bench.json
 
 clean:  ## remove what was built, not results and figures
-	rm -rf .venv .venv-* _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-* _proc _docs _look build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -111,8 +111,10 @@ def settings_faults(source: Path) -> list[str]:
     has = {"website: search": site.get("search"), "website: page-navigation": site.get("page-navigation"), "website: repo-url": site.get("repo-url"),
            "format: html: theme: light and dark": {"light", "dark"} <= set(html.get("theme") or ()), "format: html: html-math-method": html.get("html-math-method"),
            "metadata-files: nbdev.yml and sidebar.yml": {"nbdev.yml", "sidebar.yml"} <= set(quarto.get("metadata-files") or ())}
-    files = [html.get("css"), site.get("favicon"), *quarto.get("project", {}).get("resources", ())]
-    return [f"nbs/_quarto.yml lacks {name}" for name, there in has.items() if not there] + [f"nbs/_quarto.yml names {f}, which does not exist" for f in files if f and not (source / f).exists()]
+    card = [(site.get(kind) or {}).get("image") if isinstance(site.get(kind), dict) else None for kind in ("open-graph", "twitter-card")]
+    themes = [t for some in (html.get("theme") or {}).values() for t in (some if isinstance(some, list) else [some]) if "." in t]
+    files = [html.get("css"), site.get("favicon"), *card, *themes, *quarto.get("filters", ()), *quarto.get("project", {}).get("resources", ())]
+    return [f"nbs/_quarto.yml lacks {name}" for name, there in has.items() if not there] + [f"nbs/_quarto.yml names {f}, which does not exist" for f in files if f and not any(source.glob(f))]
 
 
 def check(root: Path) -> tuple[int, list[str]]:

@@ -8,6 +8,7 @@ import nbformat
 from nbclient import NotebookClient
 
 SKIP = "skip-execution"  # nbclient's tag for it
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, which is empty without the kernel that drew it
 
 
 def execute(path: Path) -> None:
@@ -18,6 +19,8 @@ def execute(path: Path) -> None:
     for cell, old in zip(resting, tags): cell.metadata["tags"], cell["outputs"] = [*old, SKIP], []
     NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell, old in zip(resting, tags): cell.metadata.pop("tags") if not old else cell.metadata.update(tags=old)
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell["outputs"] = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
     nbformat.write(nb, path)
 
 

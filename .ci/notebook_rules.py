@@ -13,6 +13,7 @@ UNKNOWN = re.compile(r"\b(?:DESIGN|STYLE|HOUSE)\b(?:\.md)?(?: \d+(?:\.\d+)*)?|\b
 DOCUMENT = re.compile(r"\b[A-Z][A-Z_]{2,}\.md\b")
 DIRECTIVE = re.compile(r"\s*#\s*\|")
 KEYED = re.compile(r"\s*#\s*\|\s*([\w-]+)\s*:(.*)")
+FOREIGN = ("application/javascript", "application/vnd.jupyter.widget-view+json")  # outputs for which Quarto loads scripts of other hosts
 FENCED = re.compile(r"^(```+|~~~+).*?^\1", re.M | re.S)
 
 
@@ -94,6 +95,31 @@ def raw_faults(cell) -> list[str]:
     return [f"{x!r} among the outputs: give it a name or a text to show" for x in dict.fromkeys(x for o in cell.get("outputs", []) for t in texts(o) for x in RAW.findall(t))]
 
 
+def foreign_faults(cell) -> list[str]:
+    "Outputs that a page can only show with scripts of other hosts."
+    kinds = dict.fromkeys(k for o in cell.get("outputs", []) for k in o.get("data", {}) if k in FOREIGN)
+    return [f"an output of the kind {k}, for which the site would load scripts of another host: run the notebook with .ci/execute.py" for k in kinds]
+
+
+def signature_faults(source: str) -> list[str]:
+    "Backticks in the comments of exported parameters, of which nbdev makes links that a signature shows raw."
+    if not re.search(r"^#\|\s*exports?\b", source, re.M): return []
+    try: found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    except SyntaxError: return []
+    lines = source.splitlines()
+    heads = [line for n in found for line in lines[n.lineno - 1:max(n.lineno, n.body[0].lineno - 1)]]
+    return [f"backticks in the comment of a parameter: {line.split('#', 1)[1].strip()[:60]!r}" for line in heads if re.search(r"\s#[^#\"']*`", line)]
+
+
+def docstring_faults(source: str) -> list[str]:
+    "Exported docstrings whose first line, which nbdev sets in italics by itself, leaves a bracket or a backtick open."
+    if not re.search(r"^#\|\s*exports?\b", source, re.M): return []
+    try: nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    except SyntaxError: return []
+    firsts = [(ast.get_docstring(n) or "").split("\n")[0] for n in nodes]
+    return [f"the first line of a docstring leaves something open: {x[:60]!r}" for x in firsts if x.count("`") % 2 or x.count("[") != x.count("]")]
+
+
 def wide_faults(source: str) -> list[str]:
     "Lines of shown code that the site cuts."
     wide = [len(x) for x in source.splitlines() if len(x) > WIDTH and not DIRECTIVE.match(x)] if is_shown(source) else []
@@ -153,20 +179,28 @@ def formula_faults(text: str) -> list[str]:
     "Formulas whose dollar is missing."
     plain = re.sub(r"`[^`\n]*`|\\\$", "", FENCED.sub("", text))
     if plain.count("$$") % 2: return ["a $$ without its partner"]
+    broken = [f"a formula with two backslashes before a name: {m!r}" for m in re.findall(r"\$[^$]*?(?<!\\)(\\\\[a-z]{2,})", plain)]
+    if broken: return broken
     odd = [p for p in re.split(r"\n\s*\n", re.sub(r"\$\$.*?\$\$", "", plain, flags=re.S)) if p.count("$") % 2]
     return [f"a $ without its partner: {p.strip()[:60]!r}" for p in odd]
+
+
+def item_faults(text: str) -> list[str]:
+    "Items of a list that begin with (a) or a): pandoc makes a list within the list of them."
+    found = re.findall(r"^ *(?:[-*+]|\d+\.) +(\(?(?:[a-zA-Z]|[ivx]+|\d+)\)) ", FENCED.sub("", text), re.M)
+    return [f"an item that begins with {x}, which becomes a list of its own: begin it with a word" for x in found]
 
 
 def markdown_faults(text: str) -> list[str]:
     "What Quarto would render other than it was meant."
     tags = dict.fromkeys(re.findall(r"<(?!https?:|mailto:|/?(?:a|abbr|br|code|details|div|em|figcaption|figure|img|kbd|p|small|source|span|strong|sub|summary|sup|table|td|th|tr|u|video)\b|!--)/?[A-Za-z][^<>\n]*>", prose(text)))
-    return div_faults(text) + table_faults(text) + formula_faults(text) + [f"{t} is no HTML and vanishes: write it as code" for t in tags]
+    return div_faults(text) + table_faults(text) + formula_faults(text) + item_faults(text) + [f"{t} is no HTML and vanishes: write it as code" for t in tags]
 
 
 def cell_faults(cell, first: bool, root: Path) -> list[str]:
     "What is wrong with a cell."
     if cell.cell_type != "code": return matter_faults(cell, first) + markdown_faults(cell.source) + cited_faults(written(cell.source), root)
-    return directive_faults(cell.source) + caption_faults(cell) + resting_faults(cell) + raw_faults(cell) + wide_faults(cell.source) + cited_faults(said(cell.source), root)
+    return directive_faults(cell.source) + caption_faults(cell) + resting_faults(cell) + foreign_faults(cell) + raw_faults(cell) + signature_faults(cell.source) + docstring_faults(cell.source) + wide_faults(cell.source) + cited_faults(said(cell.source), root)
 
 
 def rule_faults(nb, root: Path) -> list[str]:
@@ -181,6 +215,13 @@ def nested_links(text: str) -> list[str]:
     return [f"nbdev makes {x} a link within a link: put the name outside of the link's text" for x, _ in found]
 
 
+def shown_signature_faults(cell) -> list[str]:
+    "Links in signatures, which show them raw, and defaults of None without a type, which nbdev calls NoneType."
+    code = "\n".join(m for o in cell.get("outputs", []) for m in re.findall(r"^``` ?python\n(.*?)^```", o.get("data", {}).get("text/markdown", ""), re.M | re.S))
+    found = [f"a raw link in a signature: {m[:60]!r}; take the backticks from the comment" for m in re.findall(r"# .*\]\(http.*", code)]
+    return found + [f"{m!r} in a signature: give the parameter a type" for m in re.findall(r"\w+: ?NoneType ?= ?None", code)]
+
+
 def rendered_faults(nb) -> list[str]:
-    "What nbdev rendered badly in a processed notebook: addresses and names of __main__ in signatures, links within links."
-    return [f"cell {i}: {f}" for i, cell in enumerate(nb.cells, 1) for f in (nested_links(cell.source) if cell.cell_type == "markdown" else raw_faults(cell))]
+    "What nbdev rendered badly in a processed notebook: addresses, names of __main__, raw links and NoneType in signatures, links within links."
+    return [f"cell {i}: {f}" for i, cell in enumerate(nb.cells, 1) for f in (nested_links(cell.source) if cell.cell_type == "markdown" else raw_faults(cell) + shown_signature_faults(cell))]

@@ -29,7 +29,9 @@ def site(tmp_path) -> Path:
           new_code_cell('#| fig-alt: "A line."\ndraw()', outputs=[picture]), new_markdown_cell("![a dot](dot.png \"a title\")\n\n```\n[no](link.ipynb)\n# no heading\n```\n\n`[no](link.ipynb)`"))
     write(source / "core" / "one.ipynb", new_markdown_cell("# One"), new_markdown_cell("## A part: of *it*\n\n<a href=\"../index.ipynb\">home</a>"), new_code_cell("#| export\ndef cut(x): return x"))
     (source / "dot.png").write_bytes(b"dot")
-    (source / "styles.css").write_text("")
+    for name in ("styles.css", "theme.scss", "site.lua", "favicon.svg", "card.png", "vendor/katex/katex.min.js"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("")
     (source / "sidebar.yml").write_text("website:\n  sidebar:\n    contents:\n      - index.ipynb\n      - section: The method\n        contents:\n          - core/one.ipynb\n")
     shutil.copy(ROOT / "_quarto.yml", source / "_quarto.yml")
     return tmp_path
@@ -112,16 +114,17 @@ def test_the_sidebar_has_every_page_once(site):
     assert faults(site) == ["nbs/sidebar.yml names core/one.ipynb 2 times"]
 
 
-@pytest.mark.parametrize("line, said", [("  search: true\n", "website: search"), ("  page-navigation: true\n", "website: page-navigation"), ("      dark: darkly\n", "theme: light and dark"),
-                                        ("metadata-files: [nbdev.yml, sidebar.yml]", "metadata-files"), ("  repo-url: ", "website: repo-url"), ("    html-math-method: katex\n", "html-math-method")])
+@pytest.mark.parametrize("line, said", [("  search: true\n", "website: search"), ("  page-navigation: true\n", "website: page-navigation"), ("      dark: [darkly, theme.scss]\n", "theme: light and dark"),
+                                        ("metadata-files: [nbdev.yml, sidebar.yml]", "metadata-files"), ("  repo-url: ", "website: repo-url"), ("    html-math-method: {method: katex, url: /vendor/katex/}\n", "html-math-method")])
 def test_settings_of_the_site(site, line, said):
     path = site / "nbs" / "_quarto.yml"
     text = path.read_text()
     assert line in text
     path.write_text("".join(x for x in text.splitlines(True) if not x.startswith(line.rstrip("\n"))))
     assert any(said in f and "lacks" in f for f in faults(site)), faults(site)
-    (site / "nbs" / "styles.css").unlink()
-    assert "nbs/_quarto.yml names styles.css, which does not exist" in faults(site)
+    for name in ("styles.css", "theme.scss", "site.lua", "favicon.svg", "card.png"):
+        (site / "nbs" / name).unlink()
+        assert f"nbs/_quarto.yml names {name}, which does not exist" in faults(site)
 
 
 @pytest.mark.parametrize("heading, anchor", [("Figures 5 and 8: the tree", "figures-5-and-8-the-tree"), ("What `push` says", "what-push-says"), ("[A link](x.ipynb) in it", "a-link-in-it"),
@@ -156,6 +159,8 @@ def shown(text: str, kind: str = "text/plain"): return new_output("display_data"
     new_code_cell("#| export\nx = '" + "y" * 200 + "'"),
     new_code_cell('#| hide\n#| fig-alt: "' + "y" * 200 + '"\nx = 1'),
     new_code_cell("#| echo: false\nx = '" + "y" * 200 + "'"),
+    new_code_cell("#| export\ndef f(\n    tree,  # a TaskTree\n    name='#`',\n):\n    return tree  # `tree` itself"),
+    new_markdown_cell("- The term (d), or a) and b).\n- (see below) and\n\n$$\n\\begin{aligned} a &= b, \\\\\n\\alpha &= c \\\\\\beta \\end{aligned}\n$$"),
     new_code_cell('design = "DESIGN"  # Sec. 3.2 and Eq. 2, an error of 0.4 (2.75 at most)\nf(2.6)'),
     new_markdown_cell("See Sec. 3.2, Eq. 2, Tab. 8 and (App. C). A value (2.64), $f(2.7)$, $(2.7)$, x(2.7), (10.5), (0.5). README.md is there only if it exists: no."),
     new_markdown_cell("::: {.callout-note}\nInside.\n\n:::: {.column}\nx\n::::\n:::\n\n| a | b |\n|---|---:|\n| `x|y` | $|z|$ |\n\nOne costs \\$5; $a < b$; `$HOME`; <https://example.org>, `<name>`, x < y.\n\n$$\na\n$$"),
@@ -180,6 +185,8 @@ def test_cells_that_keep_to_the_rules(site, cell):
     ("x = 1  # as DESIGN 2.6 has it", "cell 2: 'DESIGN 2.6' is cited, which a reader does not have"),
     ('#| export\ndef f():\n    "Descends (DESIGN 2.7)."', "cell 2: 'DESIGN 2.7' is cited, which a reader does not have"),
     ('#| hide\nclass A:\n    "See PAPER.md."', "cell 2: 'PAPER.md' is cited, which a reader does not have"),
+    ("#| export\ndef f(\n    tree,  # a `TaskTree`\n): return tree", "cell 2: backticks in the comment of a parameter: 'a `TaskTree`'"),
+    ('#| export\ndef f():\n    """Outside [0,\n    1]."""', "cell 2: the first line of a docstring leaves something open: 'Outside [0,'"),
     ("x = 1  # routed (2.7)", "cell 2: '(2.7)' is cited, which a reader does not have"),
 ])
 def test_code_that_breaks_a_rule(site, source, said):
@@ -198,6 +205,27 @@ def test_outputs_of_a_cell_that_is_not_to_be_run(site):
     assert fault.startswith("cell 2: outputs of a cell with #| eval: false")
     cell.outputs = []
     assert page(site, cell) == []
+
+
+@pytest.mark.parametrize("kind", ["application/javascript", "application/vnd.jupyter.widget-view+json"])
+def test_outputs_that_need_scripts_of_other_hosts(site, kind):
+    [fault] = page(site, new_code_cell("bar()", outputs=[new_output("display_data", {kind: "{}", "text/plain": "0%"})]))
+    assert fault.startswith(f"cell 2: an output of the kind {kind}")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("- $x$ is one.\n- (d) is another.", "cell 2: an item that begins with (d)"), ("1. a) is one.", "cell 2: an item that begins with a)"),
+    ("It costs $200 \\\\cdot 768^2$ numbers.", "cell 2: a formula with two backslashes before a name: '\\\\\\\\cdot'"),
+])
+def test_markdown_that_pandoc_reads_otherwise(site, text, said):
+    [fault] = page(site, new_markdown_cell(text))
+    assert fault.startswith(said)
+
+
+def test_signatures_as_nbdev_shows_them():
+    shown_as = "### f\n\n```python\n\ndef f(\n    tree, # a [`TaskTree`](https://example.org/tree.html)\n    ax:NoneType=None, # or [0, 1](a)\n)\n```\n\n*See [`g`](https://example.org/g.html).*"
+    found = rendered_faults(new_notebook(cells=[new_code_cell("", outputs=[new_output("display_data", {"text/markdown": shown_as})])]))
+    assert [f.split(":", 1)[1].strip()[:30] for f in found] == ["a raw link in a signature: '# ", "'ax:NoneType=None' in a signat"]
 
 
 @pytest.mark.parametrize("outputs, source", [([], "draw()"), ([shown("<Figure size 640x480 with 1 Axes>")], "draw()"), ([shown("<table></table>", "text/html")], "draw()")])

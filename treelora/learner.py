@@ -392,7 +392,7 @@ class Learner(Loop):
     def __init__(
         self,
         stream: Stream,
-        method,  # the hooks of `treelora.methods.base.Method`
+        method,  # the hooks of treelora.methods.base.Method
         epochs: int | Sequence[int],  # for every task, or one number a task
         batch_size: int,
         lr: float,  # of Adam, for everything that trains
@@ -402,12 +402,12 @@ class Learner(Loop):
         progress: bool = True,
         schedule: str = "constant",  # of the learning rate over a task: "constant" or "cosine"
         precision: str = "no",  # Accelerate's mixed precision: "no", "bf16" or "fp16"
-        # whether to compute what lies below the adapters once a task (`treelora.engine.ahead`)
+        # whether to compute what lies below the adapters once a task (treelora.engine.ahead)
         ahead: bool = False,
         # end a task's training when its loss has come down to this
         stop_loss: float | None = None,
         compile: bool = False,  # whether to compile the model's blocks for training
-        # whether to cut the frozen weights up over the processes (`treelora.engine.shard`)
+        # whether to cut the frozen weights up over the processes (treelora.engine.shard)
         shard: bool = False,
         parts: Sequence[Part] = (),  # what else is handed to the loop
     ):

@@ -201,7 +201,7 @@ def _pair(module: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter] 
 
 # %% ../nbs/core/02_lora.ipynb #4b0ca35a
 def lora_modules(
-    model: nn.Module,  # adapted by `add_lora` or by PEFT; compiled or not
+    model: nn.Module,  # adapted by add_lora or by PEFT; compiled or not
     adapter: str = "default",  # PEFT's name of the adapter; ours have only one
 ) -> dict[str, nn.Module]:  # by the names that they have where nothing is compiled
     "The modules with LoRA matrices, from input to output."
@@ -211,7 +211,7 @@ def lora_modules(
 
 # %% ../nbs/core/02_lora.ipynb #555010eb
 def lora_layers(
-    model: nn.Module,  # adapted by `add_lora` or by PEFT
+    model: nn.Module,  # adapted by add_lora or by PEFT
     adapter: str = "default",  # PEFT's name of the adapter; ours have only one
 ) -> list[LoRALayer]:  # the L layers, from input to output
     "All LoRA layers of a model. Raises ValueError when it has none."

@@ -21,7 +21,7 @@ from .patch import patch
 # %% ../nbs/core/03_signature.ipynb #6b1ecef7
 class Layout:
     "Which number of which adapter lives where in an (L, D) matrix; short rows end in zeros."
-    def __init__(self, layers: Sequence[LoRALayer]):  # from `lora_layers`
+    def __init__(self, layers: Sequence[LoRALayer]):  # from lora_layers
         self.names = [layer.name for layer in layers]
         self.params = [p for layer in layers for p in (layer.A, layer.B)]
         self.shapes = [(tuple(layer.A.shape), tuple(layer.B.shape)) for layer in layers]
@@ -126,7 +126,7 @@ def value(self: Signature) -> torch.Tensor:  # (L, D)
 def distance(
     self: Signature,
     rows: torch.Tensor,  # (L, D): row l belongs to the task chosen for layer l
-    out: torch.Tensor,  # scratch of the same shape; may be `rows`
+    out: torch.Tensor,  # scratch of the same shape; may be rows itself
     layers: slice = slice(None),  # which layers the rows belong to
 ) -> torch.Tensor:  # (L,) L1 distances of the current task's rows to the given ones
     "How far the current task is, in each layer, from the chosen ones (the loss of Sec. 3.2)."

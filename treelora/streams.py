@@ -241,7 +241,7 @@ def _evaluate(
     predict: Callable[[torch.Tensor], torch.Tensor],  # images (B, C, H, W) -> classes (B,)
     batch_size: int = 512,
     seed: int = 0,  # of the loader
-    prepare: Callable[[DataLoader], DataLoader] | None = None,  # changes the loader, as `Accelerator.prepare` does
+    prepare: Callable[[DataLoader], DataLoader] | None = None,  # changes the loader, as Accelerator.prepare does
 ) -> float:  # in [0, 1]
     "Share of a task's test images that are predicted right; `ValueError` for an unknown task."
     batches = self.loader(task, "test", batch_size, seed)
@@ -291,7 +291,7 @@ def _hash(
 
 # %% ../nbs/learning/02_streams.ipynb #fa929400
 def _subset(
-    data: ImageSet,  # whose labels are all in `order`
+    data: ImageSet,  # whose labels are all in order
     order: list[int],  # original class -> position is order.index
     lo: int,  # first position
     hi: int,  # one after the last position
@@ -380,8 +380,8 @@ def _from_arrays(
     name: str,  # of the stream
     images: torch.Tensor | np.ndarray,  # (n, C, H, W) or (n, H, W), uint8 or floats in [0, 1]
     labels: torch.Tensor | np.ndarray | Sequence[int],  # (n,)
-    test_images: torch.Tensor | np.ndarray,  # as `images`
-    test_labels: torch.Tensor | np.ndarray | Sequence[int],  # as `labels`
+    test_images: torch.Tensor | np.ndarray,  # as images
+    test_labels: torch.Tensor | np.ndarray | Sequence[int],  # as labels
     classes_per_task: int | Sequence[int] | Sequence[Sequence[int]],
     # for all tasks (the last takes what is left); or for each; or each task's classes
     seed: int = 0,  # draws the order of the classes
@@ -611,7 +611,7 @@ def read_parquet(
 # %% ../nbs/learning/02_streams.ipynb #b488cac2
 def tiny_imagenet_halves(
     wnids: Sequence[str],  # WordNet names of all classes
-) -> tuple[list[str], list[str]]:  # the `pretrain` half and the `stream` half, each sorted
+) -> tuple[list[str], list[str]]:  # the pretrain half and the stream half, each sorted
     "The fixed split of Tiny ImageNet's classes into two halves that share none."
     order = sorted(wnids)
     random.Random(0).shuffle(order)
@@ -705,7 +705,7 @@ def list_streams() -> dict[str, tuple[str, ...]]:  # name -> scales that it has
 
 # %% ../nbs/learning/02_streams.ipynb #8c66c8e6
 def get_stream(
-    name: str,  # one of `list_streams()`; some take an argument after a colon, as in "cldr:fr,ro,ca"
+    name: str,  # one of list_streams(); some take an argument after a colon, as in "cldr:fr,ro,ca"
     scale: str = "quick",  # "quick", "small" or "paper"
     seed: int = 0,  # of whatever the stream draws: split, order, a smaller share of the data
     root: Path | str | None = None,  # data folder; then no other place is looked at

@@ -247,7 +247,7 @@ class TreeLoraCallback(RunningTask, TrainerCallback):
         self,
         tl: TreeLoRA,  # made from the model that the Trainer trains
         task: str,  # the task's name, used once
-        checkpoint: str | Path | None = None,  # to resume from, where it does not lie in `args.output_dir`
+        checkpoint: str | Path | None = None,  # to resume from, where it does not lie in args.output_dir
     ):
         super().__init__(tl, task)
         place("checkpoint", checkpoint, optional=True)

@@ -47,7 +47,7 @@ def load_adapter(self: TreeLoRA, name: str) -> None:
 def record_features(
     self: TreeLoRA,
     features: torch.Tensor,  # (n, F), of the model without its adapter
-    labels=None,  # groups within the task, e.g. classes; None: one group
+    labels: Sequence | None = None,  # groups within the task, e.g. classes; None: one group
 ) -> None:
     "Inside a task: take in un-adapted features, by which inputs are later routed to this task."
     now = self._open()
@@ -81,7 +81,7 @@ def infer(self: TreeLoRA, inputs: torch.Tensor, forward: Callable, features: Cal
 
 
 @patch
-def serving(self: TreeLoRA, tasks: torch.Tensor):  # (n,) task of each row, as `route` gives them
+def serving(self: TreeLoRA, tasks: torch.Tensor):  # (n,) task of each row, as route gives them
     "A context in which one forward pass answers a batch that mixes tasks: row i under the adapter of tasks[i]."
     return self.router.serving(tasks)
 
@@ -257,7 +257,7 @@ def load(
     model: nn.Module,  # with LoRA layers of the same names, shapes and scales, on the same base
     adapter: str = "default",  # PEFT's name of the adapter in this model
     base_changed: str = "refuse",  # "allow": whatever frozen weights lie under the adapters
-    **where,  # where it runs: cache, bank_folder, compile; `shared`, if other
+    **where,  # where it runs: cache, bank_folder, compile; shared, if other
 ) -> TreeLoRA:
     """The object that `save` wrote; a frozen adapter is enough until a task begins.
 
@@ -290,7 +290,7 @@ def state(self: TreeLoRA) -> tuple[dict, dict[str, torch.Tensor]]:  # what goes 
 
 @patch
 def restore(
-    self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor],  # from `state`
+    self: TreeLoRA, plain: dict, tensors: dict[str, torch.Tensor],  # from state
     base_changed: str = "refuse",  # "allow": whatever frozen weights lie under the adapters
 ) -> None:
     """Be what `state` described. A task that was running goes on in the next `with tl.task(name)`, which must be of the same name.

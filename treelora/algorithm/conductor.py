@@ -40,13 +40,13 @@ class TreeLoRA:
 
     def __init__(
         self,
-        model: nn.Module,  # with LoRA layers, from `add_lora` or PEFT
+        model: nn.Module,  # with LoRA layers, from add_lora or PEFT
         lam: float = 0.1,  # lambda, strength of the pull: the paper has 0.1 for ViT and 0.5 for LLM
         signature: str = "grad",  # what a task is known by: "grad", "update", "weight" or "reference"
-        search: str = "tree-lcb",  # which bandit, see `treelora.bandit.SEARCHES`
+        search: str = "tree-lcb",  # which bandit, see treelora.bandit.SEARCHES
         signal: str = "stored",  # what the bandit observes: "stored", "fresh" or "loss"
         penalty: str = "l1",  # the pull: "l1" (Eq. 3), "prox" or "dot" (the authors' code)
-        **options,  # depth, budget, init, inference and others, see `Options`
+        **options,  # depth, budget, init, inference and others, see Options
     ):
         self.options = o = Options(lam, signature, search, signal, penalty, **options)
         self.model = check_model(model, o.adapter, not o.frozen)
@@ -88,8 +88,8 @@ TreeLoRA.__getattr__ = _chosen  # not by `patch`: a module's own `__getattr__` m
 def task(
     self: TreeLoRA,
     name: str,  # used once
-    rounds: int | None = None,  # T, the number of steps to come; needed for `ramp`
-    epoch: int | None = None,  # steps in an epoch; with `rounds`, the "weight" signature averages over the last epoch
+    rounds: int | None = None,  # T, the number of steps to come; needed for ramp
+    epoch: int | None = None,  # steps in an epoch; with rounds, the "weight" signature averages over the last epoch
 ):
     "A context in which one task trains. Raises ValueError for a used name, or inside another task."
     whole("rounds", rounds, 0, optional=True), whole("epoch", epoch, 0, optional=True)

@@ -49,7 +49,7 @@ def input_of(
 # %% ../../nbs/engine/26_ahead.ipynb #29a54c50
 def take_activations(
     model: nn.Module,  # changed in place: a timm vision transformer or a transformers language model, with adapters or without
-    stack: str,  # from `stack_of`
+    stack: str,  # from stack_of
     start: int,  # number of the block that the activations enter
 ) -> None:
     "Let a model also go on from what has reached a block. Raises ValueError when nothing lies below it, or when something random does."
@@ -96,7 +96,7 @@ SHARE = 0.5  # of the free memory
 
 def activations(
     data: Dataset,  # a task's examples
-    method,  # its hooks `below`, `join` and `plain` (`treelora.methods.base.Method`)
+    method,  # its hooks below, join and plain (treelora.methods.base.Method)
     collate: Callable | None,  # makes a batch of examples
     place: Callable[[DataLoader], DataLoader],  # puts a loader's batches on the device
     batch_size: int = 64,

@@ -222,7 +222,7 @@ def fetch(self: Bank, block: torch.Tensor, rows: torch.Tensor, out: torch.Tensor
 @patch
 def gather(
     self: Bank,
-    block: torch.Tensor,  # `adapters` or `signatures`
+    block: torch.Tensor,  # adapters or signatures
     arms: torch.Tensor,  # (L,) task of each layer
     out: torch.Tensor,  # (L, D) on the training device
 ) -> torch.Tensor:

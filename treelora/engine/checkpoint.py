@@ -104,8 +104,8 @@ class Weights:
     @torch.no_grad()
     def restore(
         self,
-        weights: dict[str, torch.Tensor],  # from `changed`
-        modes: dict,  # from `modes`
+        weights: dict[str, torch.Tensor],  # from changed
+        modes: dict,  # from modes
     ) -> None:
         "Make the model what it was. Raises ValueError for weights that it does not have."
         have, trains = _all(self.model), set(modes["trains"])
@@ -411,7 +411,7 @@ def random_states() -> dict:
 
 
 def restore_random_states(
-    states: dict,  # from `random_states`
+    states: dict,  # from random_states
 ) -> None:
     "Put all global generators back; those of devices that are not there are left out."
     random.setstate(states["python"])
@@ -422,7 +422,7 @@ def restore_random_states(
 # %% ../../nbs/engine/25_checkpoint.ipynb #c13b0028
 def write_peft(
     model: nn.Module,  # a PeftModel
-    folder: str | Path,  # made if missing; `PeftModel.from_pretrained` and the hub take it as it is
+    folder: str | Path,  # made if missing; PeftModel.from_pretrained and the hub take it as it is
     values: dict[str, torch.Tensor] | None = None,  # of the model's parameters, by name; None: as they are now
 ) -> None:
     "Write the active adapter, with all that belongs to it, in PEFT's format."

@@ -98,10 +98,10 @@ TRAINING = (several, frozen)  # asked when it is to be trained
 
 
 def check_model(
-    model: nn.Module,  # with LoRA layers, from `add_lora` or PEFT
+    model: nn.Module,  # with LoRA layers, from add_lora or PEFT
     adapter: str = "default",  # PEFT's name of the adapter
     trains: bool = True,  # whether the adapter is to be trained
-) -> nn.Module:  # the model itself, without the wrapper of `torch.compile`
+) -> nn.Module:  # the model itself, without the wrapper of torch.compile
     "Raise ValueError with the first sentence that fits a model."
     module("model", model), text("adapter", adapter)
     for question in QUESTIONS + TRAINING * trains:
@@ -264,7 +264,7 @@ def _scale_of(module: nn.Module, adapter: str) -> float:
 @patch
 def check(
     self: ModelRecord,
-    plain: dict | None,  # from `describe`; None: from before there were records
+    plain: dict | None,  # from describe; None: from before there were records
     base_changed: str = "refuse",  # "allow": whatever lies under the adapters
 ) -> None:
     "Raise ValueError when a state was made on another model than this one."

@@ -83,7 +83,7 @@ class Lock:
 
     def __init__(
         self,
-        folder: str | Path,  # made if missing; the lock is its file `.lock`
+        folder: str | Path,  # made if missing; the lock is its file .lock
     ):
         self.path, self._file, self._owner = Path(folder) / ".lock", None, 0
 

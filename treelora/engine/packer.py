@@ -90,7 +90,7 @@ class Packer:
 
     def unpack(
         self,
-        plain: dict,  # from `pack`
+        plain: dict,  # from pack
         tensors: dict[str, torch.Tensor],
         like: dict,  # the values as they are now: objects among them are filled in place
     ) -> dict:

@@ -38,7 +38,7 @@ class Reference:
 
 # %% ../../nbs/engine/29_reference.ipynb #a4408970
 def as_reference(
-    given: dict | None,  # some of the fields of `Reference`
+    given: dict | None,  # some of the fields of Reference
 ) -> Reference:
     "The choices with what was given. Raises ValueError for an unknown name."
     known = [f.name for f in fields(Reference)]
@@ -93,7 +93,7 @@ def reference_gradient(
     model: nn.Module,  # with LoRA layers
     layout: Layout,  # of these layers
     losses: Iterable[Callable[[], torch.Tensor]],  # each computes one batch's loss
-    point: torch.Tensor,  # (L, D), from `reference_point`
+    point: torch.Tensor,  # (L, D), from reference_point
     unit: bool = True,  # divide each layer's row by its own L1 norm
 ) -> torch.Tensor:  # (L, D), float32, on the model's device
     "Mean gradient at one adapter. Raises ValueError when it is not finite."

@@ -71,7 +71,7 @@ def _fit(search: Search, plain: dict, tensors: dict[str, torch.Tensor]) -> None:
 def restore_task(
     now: TaskInProgress,  # of the same name, just begun, with the same bank
     model: ModelAdapter,
-    plain: dict,  # from `task_state`
+    plain: dict,  # from task_state
     tensors: dict[str, torch.Tensor],
 ) -> None:
     "Make the running task, and the adapter, what they were."

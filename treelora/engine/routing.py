@@ -185,7 +185,7 @@ class Router:
         self,
         features: torch.Tensor,  # (n, F), of the model without its adapter
         beam: int = 16,  # beyond EXACT groups: nodes kept per level
-    ) -> torch.Tensor:  # (n,) task indices, in the order of `bank.names`
+    ) -> torch.Tensor:  # (n,) task indices, in the order of bank.names
         """Which task each input belongs to: the one with the nearest group.
         Raises ValueError when a task has no features, or one is NaN or infinite."""
         W, groups = self._groups()
@@ -219,7 +219,7 @@ def _whitened(self: Router, names: list[str]) -> tuple[torch.Tensor, Groups]:
 @patch
 def serving(
     self: Router,
-    tasks: torch.Tensor,  # (n,) task of each row of the batches to come, as `route` gives them
+    tasks: torch.Tensor,  # (n,) task of each row of the batches to come, as route gives them
 ):
     """A context in which one forward pass answers a batch that mixes tasks: row i under the
     adapter of tasks[i]. Raises ValueError, and changes nothing, where more than A and B is kept

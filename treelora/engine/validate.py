@@ -368,7 +368,7 @@ SINCE = ("looked", "held", "paired", "race")  # of newer versions
 
 
 def check_task(
-    task,  # plain, from `task_state`
+    task,  # plain, from task_state
     tensors: dict[str, torch.Tensor],
     names: list[str],  # of the tasks that were learned before it
     block: tuple[int, int],  # (L, D)
@@ -468,7 +468,7 @@ def _look(state: State) -> None:
 
 # %% ../../nbs/engine/35_validate.ipynb #f1ee0825
 def check_state(
-    plain: dict,  # as `Store.pack` makes it
+    plain: dict,  # as Store.pack makes it
     tensors: dict[str, torch.Tensor],
     what="The state",  # the file, for the sentence
 ) -> None:
@@ -484,7 +484,7 @@ IN_FILE = ("format", "tensors", "sha256", "digest")  # of a file, not of a task
 
 
 def check_running(
-    plain: dict,  # from `task_state`, as its file has it
+    plain: dict,  # from task_state, as its file has it
     tensors: dict[str, torch.Tensor],
     bank: dict,  # the state of the bank that it belongs to, checked
     what="The task",  # the file, for the sentence

@@ -35,8 +35,8 @@ class ZeroRounds:
     def __init__(
         self,
         optimizer,  # as a callback of the Trainer has it
-        play: Callable[[], None],  # the round, with gradients in `p.grad`
-        tools=None,  # with DeepSpeed's functions; None: deepspeed.utils
+        play: Callable[[], None],  # the round, with gradients in p.grad
+        tools: object | None = None,  # with DeepSpeed's functions; None: deepspeed.utils
     ):
         self.zero, self.play = zero_optimizer(optimizer), play
         self.tools = tools or import_module("deepspeed.utils")

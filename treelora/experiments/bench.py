@@ -78,7 +78,7 @@ def has_compiler() -> bool:
 
 # %% ../../nbs/experiments/07_bench.ipynb #775d36dd
 def bench_steps(
-    cases: Sequence[tuple[int, int, int, bool]] = ((64, 32768, 8, False),),  # layers L, width D, tasks learned before, whether `step` is compiled
+    cases: Sequence[tuple[int, int, int, bool]] = ((64, 32768, 8, False),),  # layers L, width D, tasks learned before, whether step is compiled
     shared: int = 16,  # how many tasks have adapters of their own; the others share these, for want of memory
 ) -> list[dict]:
     """Median time of `tl.step()` on one thread in each case, beside its floor: seven passes over an
@@ -153,7 +153,7 @@ def random_tree(n_tasks: int) -> TaskTree:
 
 
 def bench_insert(
-    tree: TaskTree,  # of `random_tree`; it grows
+    tree: TaskTree,  # of random_tree; it grows
     more: int = 32,  # tasks to insert
 ) -> dict:
     "Mean time of an insertion."
@@ -178,8 +178,8 @@ def bench_scale(
 
 # %% ../../nbs/experiments/07_bench.ipynb #f6b51e2e
 def draw_scale(
-    found: dict,  # from `bench_scale`
-    ax=None,
+    found: dict,  # from bench_scale
+    ax: object | None = None,  # matplotlib's; None: new ones
 ):
     "The curve, with matplotlib; returns the axes."
     if ax is None:

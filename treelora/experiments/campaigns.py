@@ -236,7 +236,7 @@ def ordered(
     return sorted(ready, key=lambda job: -job.value / seconds(job))
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #f0436550
-def work(told: str) -> None:  # JSON: what `_told` says
+def work(told: str) -> None:  # JSON: what _told says
     "What a process of a campaign does: one run, from its latest checkpoint if there is one."
     told = json.loads(told)
     threading.Thread(target=_end_with_driver, daemon=True).start()

@@ -48,7 +48,7 @@ def contend(
     missing_only: bool = True,  # leave out runs whose result is there
     progress: bool = True,
     rates: str | None = None,  # a stream whose tuned learning rates to take; None: tune on this one
-    **settings,  # of `treelora.learner.run`, e.g. epochs, model, weights
+    **settings,  # of treelora.learner.run, e.g. epochs, model, weights
 ) -> list[Path]:  # the results' files
     """Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything
     starts, for a method that the stream's kind does not have, for rates that nothing was tuned for,

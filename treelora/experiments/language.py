@@ -158,7 +158,7 @@ def _run_to(
     missing_only: bool,
     method: str,
     seed: int,
-    **settings,  # of `treelora.learner.run`
+    **settings,  # of treelora.learner.run
 ) -> Path:
     "One run into one file, unless the file is there and may stay."
     if missing_only and path.exists(): return path
@@ -195,7 +195,7 @@ def _planned(methods: Sequence[str], seeds: Sequence[int], results: str | Path) 
 
 # %% ../../nbs/experiments/02_language.ipynb #b4f708f6
 def in_family(
-    branch: dict,  # one entry of a result's `branches`
+    branch: dict,  # one entry of a result's branches
     earlier: Sequence[str],  # the languages learned before
 ) -> bool | None:  # None where no relative had been learned
     "Whether a task started from a language of its own family, if there was one."

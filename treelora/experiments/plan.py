@@ -247,7 +247,7 @@ def _check_apart(runs: Sequence[Planned], path: Path) -> None:
 def arguments(
     planned: Planned,
     tuned: dict,  # as above
-) -> tuple[dict, dict]:  # for `run`, and for the method
+) -> tuple[dict, dict]:  # for run, and for the method
     "What a run is called with."
     given, options = dict(planned.given), {k: v for k, v in tuned.items() if k != "lr"}
     if "lr" in tuned: given = {"lr": tuned["lr"]} | given
@@ -262,7 +262,7 @@ def method_of(planned: Planned):
 # %% ../../nbs/experiments/09_plan.ipynb #0300a9ce
 def differs(
     saved: dict,  # a result, as its file holds it
-    given: dict,  # arguments of `run`
+    given: dict,  # arguments of run
     options: dict,  # of the method
     data: str,  # SHA-256 of the stream's data today
 ) -> list[str]:  # names of what is not the same

@@ -32,7 +32,7 @@ def load_starts(results: str | Path) -> list[dict]:
 
 # %% ../../nbs/experiments/12_starts.ipynb #77facd2e
 def measured(
-    rows: list[dict],  # from `load_starts`
+    rows: list[dict],  # from load_starts
     task: str,
     seed: int = 100,
 ) -> dict[str, dict]:  # start -> first loss and loss after 0 and 40 steps, the best one first
@@ -102,7 +102,7 @@ def first(self: Bench, task: str, adapter: torch.Tensor, n: int = 2) -> list[flo
 
 # %% ../../nbs/experiments/12_starts.ipynb #4d4967fa
 @patch
-def train(self: Bench, task: str, adapter: torch.Tensor, signature=None) -> dict:
+def train(self: Bench, task: str, adapter: torch.Tensor, signature: object | None = None) -> dict:
     "Train a task from an adapter: test losses before and after, and the loss of each step."
     self.live.write(adapter)
     nll, losses = {0: self.test_loss(task)}, []

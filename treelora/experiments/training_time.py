@@ -52,9 +52,9 @@ def measure_time(
     seeds: Sequence[int] = (0, 1, 2),
     results: str | Path = "results",
     plan: Sequence[tuple[str, Sequence[str]]] | None = None,  # methods and their savings; None: that of the kind
-    rates: str | Path | None = None,  # folder of the tuned learning rates; None: `results`
+    rates: str | Path | None = None,  # folder of the tuned learning rates; None: results
     progress: bool = True,
-    **settings,  # of `treelora.learner.run`
+    **settings,  # of treelora.learner.run
 ) -> Path:  # the file
     """Run the plan, seeds outermost, in one process, so that all times are of the same machine;
     what is in the file already is kept. Raises ValueError when it is of other data."""
@@ -89,7 +89,7 @@ def _measured(stream: str, kind: str, method: str, savings: Sequence[str], seed:
 
 # %% ../../nbs/experiments/05_training_time.ipynb #5752209d
 def time_rows(
-    found: dict,  # of `measure_time`'s file
+    found: dict,  # of measure_time's file
     rivals: Sequence[Row],
 ) -> list[dict]:  # row, op, spread, train, steps; for each rival the ratio of times and whether as accurate
     """One row for each method with its savings, in the order of the plan; times of a rival over its

@@ -76,7 +76,7 @@ class Entry:
 
 def cldr_code(
     language: str,  # as "es", "pt_BR" or "pt-BR"
-    names: dict | None = None,  # from `read_cldr`; None: the shipped ones
+    names: dict | None = None,  # from read_cldr; None: the shipped ones
 ) -> str:
     "A language's code as the file spells it; `ValueError` for one that is not there."
     names = names or shipped_cldr()
@@ -99,8 +99,8 @@ def _shipped_spellings() -> dict[str, str]: return _spellings(shipped_cldr())
 
 
 def cldr_entry(
-    language: str,  # as in `cldr_code`
-    names: dict | None = None,  # from `read_cldr`; None: the shipped ones
+    language: str,  # as in cldr_code
+    names: dict | None = None,  # from read_cldr; None: the shipped ones
 ) -> Entry:
     "The titles and tables of a language; `ValueError` for one that is not in the file."
     names = names or shipped_cldr()
@@ -165,10 +165,10 @@ def shown_names(
 
 # %% ../../nbs/learning/04_cldr.ipynb #543fce5f
 def blind_prompt(
-    language: str,  # its code in `cldr_code`'s spelling: a part of what the pair is drawn by
+    language: str,  # its code in cldr_code's spelling: a part of what the pair is drawn by
     concept: str,  # the English name that is asked for
     answer: str,  # its name in the language
-    shown: dict[str, str],  # from `shown_names`
+    shown: dict[str, str],  # from shown_names
     seed: int = 0,
 ) -> str:
     "A solved pair and a question. Raises ValueError when no pair is left to show."
@@ -196,7 +196,7 @@ def told_apart(
     return [(sum(n > 1 for n in ns) / len(ns), sum(1 / n for n in ns) / len(ns)) for ns in same]
 
 # %% ../../nbs/learning/04_cldr.ipynb #c1d70021
-def names_from_babel() -> dict:  # as `read_cldr` gives it
+def names_from_babel() -> dict:  # as read_cldr gives it
     "The names of the installed babel. Raises ValueError when there is none."
     try:
         from babel.core import Locale, get_cldr_version, get_global  # only rebuilding needs babel
@@ -257,7 +257,7 @@ def _aliases(found: dict, old: dict) -> Iterator[tuple[str, str]]:
 
 # %% ../../nbs/learning/04_cldr.ipynb #c1d70022
 def compare_cldr(
-    old: dict,  # from `read_cldr` or `names_from_babel`
+    old: dict,  # from read_cldr or names_from_babel
     new: dict,
     examples: int = 3,
 ) -> str:
@@ -292,7 +292,7 @@ def _changes(a: Entry, b: Entry) -> list[str]:
 
 def cldr_bytes(
     names: dict,
-) -> bytes:  # what `CLDR_SHA256` is of
+) -> bytes:  # what CLDR_SHA256 is of
     "Names as JSON, the same bytes for the same names."
     text = json.dumps(names, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return f"{text}\n".encode()

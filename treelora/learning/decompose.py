@@ -28,7 +28,7 @@ def masked_logits(
 
 def masked_cross_entropy(
     logits: torch.Tensor,  # (n, C)
-    labels: torch.Tensor,  # (n,), among `classes`
+    labels: torch.Tensor,  # (n,), among classes
     classes: Sequence[int],  # the task's classes
 ) -> torch.Tensor:
     "Cross-entropy over a task's own classes (WTP). Raises ValueError for a label outside them."
@@ -104,11 +104,11 @@ def fit_head(
 
 # %% ../../nbs/learning/09_decompose.ipynb #c4d18c61
 def retrain_head(
-    head: nn.Linear,  # changed in place: its rows of the classes in `stats`
+    head: nn.Linear,  # changed in place: its rows of the classes in stats
     stats: FeatureStats,  # of the adapted features of all classes seen so far
     per_class: int = 128,  # sampled features a class
-    rounds: int = 100,  # of `fit_head`
-    decay: float = 1e-4,  # of `fit_head`
+    rounds: int = 100,  # of fit_head
+    decay: float = 1e-4,  # of fit_head
     seed: int = 0,
 ) -> float:  # final loss on the samples
     "Train the head on features sampled from all classes' Gaussians (TAP)."

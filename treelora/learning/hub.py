@@ -21,7 +21,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def is_repository(
-    place: str | Path,  # OWNER/NAME; or a `Path`, an existing folder, or a text that begins with `.`, `/` or `~`
+    place: str | Path,  # OWNER/NAME; or a Path, an existing folder, or a text that begins with ., / or ~
 ) -> bool:
     "Whether a place is a repository of the hub, rather than a folder. Raises ValueError for what is neither."
     if isinstance(place, str | os.PathLike) and place: check_place("place", place)
@@ -138,7 +138,7 @@ def push(
     base_model: str | None = None,  # its name on the hub; None: what PEFT's configuration says, if anything
     stream: str | None = None,  # where the tasks come from, in a few words
     private: bool = True,  # of a new repository
-    token: str | None = None,  # for the hub; None: that of `hf auth login`
+    token: str | None = None,  # for the hub; None: that of hf auth login
 ) -> str:  # the folder, or the repository's address
     """Share bank, tree and adapters, with a model card; what was shared at the same place before is replaced.
 

@@ -32,7 +32,7 @@ GREY = ("1", "L", "LA")  # Pillow's modes of one channel of at most eight bits
 
 
 def _pixels(
-    source,  # as `_open` takes it
+    source,  # as _open takes it
     size: tuple[int, int] | None,  # height and width; None: as it is
 ) -> np.ndarray:  # (C, H, W) uint8, C = 1 for grey
     "An image as numbers; `ValueError` when it has more than eight bits per channel."
@@ -259,7 +259,7 @@ def _read(root: Path, seed: int) -> tuple[list[Split], Sequence[str] | None]:
 # %% ../../nbs/learning/17_images.ipynb #2974d54a
 def image_stream(
     root: str | Path,  # the folder
-    # as in `TaskStream.from_arrays`
+    # as in TaskStream.from_arrays
     classes_per_task: int | Sequence[int] | Sequence[Sequence[int]],
     # side in pixels, or height and width; None: as they are
     size: int | tuple[int, int] | None = None,

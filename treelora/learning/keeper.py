@@ -182,7 +182,7 @@ class Keeper:
 
     def keep(
         self,
-        stage=None,  # in the middle of which this is; None: after one
+        stage: object | None = None,  # in the middle of which this is; None: after one
     ) -> None:
         "Write a checkpoint. Raises OSError, and keeps the one before, when the disk is full."
         if self.learner.rank: return

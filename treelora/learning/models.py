@@ -28,7 +28,7 @@ GLYPH_WEIGHTS = "weights/glyph_vit.safetensors"  # within the package
 HUB_NAME = "vit_base_patch16_224.augreg_in21k"  # timm's ViT-B/16 on ImageNet-21k
 
 
-def list_models() -> list[str]:  # names for `get_model`
+def list_models() -> list[str]:  # names for get_model
     "The known models, from small to large."
     return list(MODELS)
 
@@ -99,8 +99,8 @@ def load_weights(
 
 # %% ../../nbs/learning/06_models.ipynb #9404fe9c
 def weights_file(
-    name: str,  # one of `list_models()`
-    weights: str | Path | None = None,  # as in `get_model`
+    name: str,  # one of list_models()
+    weights: str | Path | None = None,  # as in get_model
 ) -> Path | None:  # None: the weights come from elsewhere
     "The file that `get_model` takes a model's weights from."
     if weights is not None: return Path(weights)
@@ -132,7 +132,7 @@ def _pretrained(
 
 
 def get_model(
-    name: str,  # one of `list_models()`
+    name: str,  # one of list_models()
     n_classes: int,  # outputs of the head; 0 for none
     pretrained: bool = True,  # start from the weights that belong to the name
     weights: str | Path | None = None,  # a safetensors file to start from instead
@@ -153,7 +153,7 @@ def get_model(
 def model_for(
     image_size: int | tuple[int, int],  # side of the images in pixels, or height and width
     in_chans: int,  # 1 for grey, 3 for colour
-) -> str:  # name for `get_model`
+) -> str:  # name for get_model
     "The model that takes a stream's images; `ValueError` if none does."
     for name, size in MODELS.items():
         if (size["img_size"], size["in_chans"]) == (image_size, in_chans): return name

@@ -165,7 +165,7 @@ METRICS: dict[str, Callable[..., float]] = {
 
 
 def score(
-    metric: str,  # a name in `METRICS`
+    metric: str,  # a name in METRICS
     predictions: Sequence[str],  # what the model wrote
     answers: Sequence[str],  # what it should have written
     prompts: Sequence[str] | None = None,  # what it was given; "sari" needs them

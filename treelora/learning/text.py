@@ -172,7 +172,7 @@ def _text_evaluate(
     predict: Callable[[list[str]], list[str]],  # prompts -> outputs, one each, in the same order
     batch_size: int = 64,  # at most; fewer where prompts are long
     seed: int = 0,  # unused: nothing is drawn
-    prepare: Callable | None = None,  # unused: prompts are text, and `predict` places them where it wants them
+    prepare: Callable | None = None,  # unused: prompts are text, and predict places them where it wants them
 ) -> float:  # in [0, 1]
     "The score of a task's test outputs by its metric; `ValueError` for an unknown task or a wrong number of outputs."
     task = task if isinstance(task, TextTask) else self[task]
@@ -317,7 +317,7 @@ def many_languages(
 def read_records(
     path: Path | str,  # a JSON file: a list of objects
     keys: Sequence[str],  # what each object must have, as text
-) -> list[tuple[str, ...]]:  # their values, in the order of `keys`
+) -> list[tuple[str, ...]]:  # their values, in the order of keys
     "Read a list of records; `ValueError` naming the file and the record for whatever is wrong with it."
     place("path", path)
     keys = listed("keys", keys)
@@ -407,7 +407,7 @@ def _trace_task(
 
 def _trace(
     name: str,  # of the stream
-    tasks: Sequence[str],  # out of `TRACE`
+    tasks: Sequence[str],  # out of TRACE
     scale: str,
     seed: int,
     root: Path | None,

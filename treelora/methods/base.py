@@ -391,9 +391,9 @@ class Decomposed(Unadapted):
     def __init__(
         self,
         *args,
-        # examples of each class for what is kept of its features (`drawn`); None: all
+        # examples of each class for what is kept of its features (drawn); None: all
         per_class: int | None = PER_CLASS,
-        **settings,  # of `LoRAVision`
+        **settings,  # of LoRAVision
     ):
         super().__init__(*args, **settings)
         self.options |= {"wtp": self.wtp, "tap": self.tap, "tii": self.tii}
@@ -473,7 +473,7 @@ class Adaptive:
     def __init__(
         self,
         *args,
-        # examples of each class for its moments (`drawn`); None: all
+        # examples of each class for its moments (drawn); None: all
         per_class: int | None = PER_CLASS,
         **settings,  # of the method that is extended
     ):

@@ -286,7 +286,8 @@ class TreeLanguageMethod(WithTree, RoutedText):
     year, stores = 2025, "adapters, signatures, tree"
 
     def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1,
-                 target=("q_proj", "v_proj"), layers=None, max_prompt=1024, max_answer=512,
+                 target=("q_proj", "v_proj"), layers: int | None = None,
+                 max_prompt=1024, max_answer=512,
                  per_task=PER_TASK, **changes):
         super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers,
                          max_prompt, max_answer)

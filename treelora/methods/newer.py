@@ -105,7 +105,7 @@ def _first(batches: Iterable, n: int) -> Iterator:
 
 # %% ../../nbs/methods/11_newer.ipynb #7cb2f16f
 def merged_fisher(
-    method,  # has `answers_of`
+    method,  # has answers_of
     updates: Sequence[Update],
     batches: Iterable,
     samples: int,  # examples, at most

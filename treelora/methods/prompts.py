@@ -291,7 +291,7 @@ class Prefixes(nn.Module):
         self,
         layers: Sequence[int],
         start: torch.Tensor,  # (n, layers, 2, P, width) sets to start from
-        gain: float = 1.0,  # prefixes are `gain` times the parameters, and move faster
+        gain: float = 1.0,  # prefixes are gain times the parameters, and move faster
     ):
         check_length(start.shape[3])
         super().__init__()
@@ -581,7 +581,7 @@ class TextPrompts(FrozenText):
     @torch.no_grad()
     def query(
         self,
-        batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without
+        batch: dict[str, torch.Tensor],  # from Collator, with labels or without
     ) -> torch.Tensor:  # (n, width)
         """Mean embedding of the prompts' tokens.
 
@@ -629,7 +629,7 @@ class Lengthened(FromPool, TextPrompts):
 
     def lengthened(
         self,
-        batch: dict[str, torch.Tensor],  # from `Collator`
+        batch: dict[str, torch.Tensor],  # from Collator
         chosen: torch.Tensor,  # (n, top)
     ) -> dict[str, torch.Tensor]:
         "A batch that begins with prompt vectors."
@@ -718,8 +718,8 @@ class DualPromptText(FromExperts, TextPrompts):
         tokenizer,
         n_tasks: int,
         seed: int = 0,
-        general: Sequence[int] | None = None,  # layers, counted from 0; None: as `shares` says
-        expert: Sequence[int] | None = None,  # layers, counted from 0; None: as `shares` says
+        general: Sequence[int] | None = None,  # layers, counted from 0; None: as shares says
+        expert: Sequence[int] | None = None,  # layers, counted from 0; None: as shares says
         lengths: tuple[int, int] = (5, 20),  # of general and expert prompts, App. A.3
         pull: float = 1.0,  # weight of the keys' loss
         gain: float = 30.0,  # of prompts and keys over their parameters

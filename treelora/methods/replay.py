@@ -320,7 +320,7 @@ class KeptGradients(LanguageAdapterMethod):
         *args,
         margin: float = 0.5,  # upper bound of the unknowns
         ridge: float = 1e-3,  # added to the diagonal of GG'
-        **kwargs,  # of `LanguageAdapterMethod`
+        **kwargs,  # of LanguageAdapterMethod
     ):
         at_least("ridge", ridge, 0, "it is added to a diagonal.")
         super().__init__(*args, **kwargs)

@@ -100,7 +100,7 @@ class HiDeLoRAAuthorsText(LanguageAdapterMethod):
         *args,
         lam: float = 0.5,  # the code's lambda_1
         temperature: float = 0.8,
-        **kwargs,  # of `LanguageAdapterMethod`
+        **kwargs,  # of LanguageAdapterMethod
     ):
         if not (lam >= 0 and temperature > 0):
             raise ValueError(f"The strength lam={lam} must not be negative, and "
@@ -288,7 +288,7 @@ class HiDeLoRAPET10(HiDeLoRAPET):
     "The same with rank 10."
     name = "hidelora-r10"
 
-    def __init__(self, model, classes, seed=0, r=10, **settings):  # of `HiDeLoRAPET`
+    def __init__(self, model, classes, seed=0, r=10, **settings):  # of HiDeLoRAPET
         super().__init__(model, classes, seed, r=r, **settings)
 
 # %% ../../nbs/methods/09_selection.ipynb #4b3fb7f1
@@ -326,7 +326,7 @@ class SharedAttention(nn.Module):
 
     def forward(
         self,
-        pooled: torch.Tensor,  # (n, width), from `prompt_peaks`
+        pooled: torch.Tensor,  # (n, width), from prompt_peaks
     ) -> torch.Tensor:  # (n, tasks so far), each row sums to 1
         """The weight of each task's block for each input.
 
@@ -343,7 +343,7 @@ class SharedAttention(nn.Module):
 @torch.no_grad()
 def prompt_peaks(
     model: nn.Module,  # a causal language model
-    batch: dict[str, torch.Tensor],  # from `Collator`, with labels or without
+    batch: dict[str, torch.Tensor],  # from Collator, with labels or without
 ) -> torch.Tensor:  # (n, width), float32
     """The largest value of each coordinate of the prompt tokens' embeddings, which no
     adapter has touched."""
@@ -384,7 +384,7 @@ def _blocks_added(module: nn.Module, args: tuple, output: torch.Tensor, A: torch
 def mixture(
     model: PeftModel,
     names: Sequence[str],  # of the adapted layers
-    earlier: Sequence[Pair],  # from `side_by_side`, K - 1 tasks
+    earlier: Sequence[Pair],  # from side_by_side, K - 1 tasks
     weights: torch.Tensor,  # (n, K), of each row; the last one for the model's own adapter
     adapter: str = "default",  # PEFT's name of it
 ) -> Iterator[PeftModel]:
@@ -442,7 +442,7 @@ class Blocks(LanguageAdapterMethod):
 
     def weights(
         self,
-        batch: dict[str, torch.Tensor],  # from `Collator`, on the model's device
+        batch: dict[str, torch.Tensor],  # from Collator, on the model's device
     ) -> torch.Tensor:  # (n, tasks so far)
         "How much each prompt attends to each task's block."
         return self.attention(prompt_peaks(self.model, batch))

@@ -130,7 +130,7 @@ class OLoRAText(Orthogonal, LanguageAdapterMethod):
     stores = "adapters"
 
     def __init__(self, model, tokenizer, n_tasks, seed=0, r=8, alpha=32, dropout=0.1,
-                 target=("q_proj", "v_proj"), layers=None, max_prompt=1024,
+                 target=("q_proj", "v_proj"), layers: int | None = None, max_prompt=1024,
                  max_answer=512, lam=0.5):  # of the penalty, the authors' lambda_1
         super().__init__(model, tokenizer, n_tasks, seed, r, alpha, dropout, target, layers,
                          max_prompt, max_answer)

@@ -25,7 +25,7 @@ def table(
     results: str | Path = "results",  # the folder with measurements
     stream: str | None = None,  # None: those that stand for the paper's
     scale: str = "quick",  # of our columns
-):  # a notebook shows it; `.rows` and `.head` are lists
+):  # a notebook shows it; .rows and .head are lists
     "One of the paper's tables with our columns beside it. Raises ValueError for an unknown number."
     from treelora.paper.tables import table as make
     return make(n, results, stream, scale)
@@ -33,7 +33,7 @@ def table(
 # %% ../../nbs/paper/00_paper.ipynb #0e390fba
 def claims(
     results: str | Path = "results",  # the folder with measurements
-):  # a notebook shows it; `.findings` by the claim's number
+):  # a notebook shows it; .findings by the claim's number
     "Each of the paper's claims with what was measured here and a verdict, by rules that are written down beside the claims."
     from treelora.paper.report import report
     return report(results)

@@ -502,7 +502,7 @@ _WHAT = {  # figure -> what it shows
 def caption(
     n: int,
     results: str | Path = "results",
-    stream: str | None = None,  # as in `figure`
+    stream: str | None = None,  # as in figure
     scale: str | None = None,
 ) -> str:
     "What a figure shows, on which stream, backbone, seeds and device."

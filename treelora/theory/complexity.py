@@ -75,7 +75,7 @@ def count(
 
 # %% ../../nbs/theory/03_complexity.ipynb #th32009
 def step_flops(
-    model: nn.Module,  # of `llama_7b`
+    model: nn.Module,  # of llama_7b
     tokens: int = 1,
 ) -> dict[str, int]:  # forward; forward and backward
     "Operations of a training step, a token."

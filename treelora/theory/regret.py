@@ -39,7 +39,7 @@ def game(
     n_seeds: int = 20,
     seed: int = 0,
     marks: Sequence[int] | None = None,
-    environment=None,  # None: the tree
+    environment: object | None = None,  # None: the tree
     **options,  # of the search
 ) -> Played:
     """One player on one environment. The sweep is given what it chooses only: each arm once, then
@@ -177,7 +177,7 @@ def bound_of(
     tree: SmoothTree,
     T: int,
     constants: str = "paper",
-    eta: float | None = None,  # None: `best_eta`
+    eta: float | None = None,  # None: best_eta
 ) -> dict[str, float]:  # threshold, a, c, d, eta, near, total
     "Theorem 1 for a tree, term by term."
     eta, n = best_eta(tree, T, constants) if eta is None else eta, len(tree.means)
@@ -295,7 +295,7 @@ def run_bank(results: str | Path = "results", epochs: int = 20, seeds: Sequence[
     return save(results, "bank", {"stream": "split-digits", "scale": "quick", "epochs": epochs, "lr": 0.001, "seeds": list(seeds)}, rows)
 
 
-def bank_environment(row: dict) -> tuple[SmoothTree, Replay]:  # of `bank.json`
+def bank_environment(row: dict) -> tuple[SmoothTree, Replay]:  # of bank.json
     "The tree that the search had in that run, and the recorded losses as an environment."
     losses = torch.tensor(row["losses"], dtype=torch.float64)
     arms = [[[row["names"].index(task) for task in group] for group in level] for level in row["groups"]]

@@ -139,13 +139,12 @@ class SmoothTree(_Arms):
     def of(
         cls,
         means: torch.Tensor,  # (N,), in [0, 1]
-        shape=None,  # nested pairs of arm numbers and ranges of them; None: halves in order
+        shape: tuple | range | None = None,  # nested pairs of arm numbers and ranges of them; None: halves in order
         delta: float = math.inf,
         gamma: float = 0.5,
         noise: str = "bernoulli",
     ) -> "SmoothTree":
-        """An environment with given means on a given tree. Raises ValueError for means outside [0,
-        1]."""
+        "An environment with given means on a given tree. Raises ValueError for means outside 0 to 1."
         _check(1, delta, gamma, 2, None)
         tree = cls.__new__(cls)
         tree._set(torch.as_tensor(means).double(), range(len(means)) if shape is None else shape, delta, gamma, noise, 2)
@@ -193,7 +192,7 @@ def smoothness_slack(
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30019
 def lopsided(
-    n: int,  # N, at least 3 more than `near`
+    n: int,  # N, at least 3 more than near
     near: int = 2,  # |J_eta|
     seed: int = 0,
     near_gap: float = 0.05,  # the largest gap among the good leaves
@@ -264,10 +263,10 @@ def marks_up_to(T: int, n: int = 40) -> list[int]:
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #1e50142f
 def play(
-    search: Search,  # made for an environment: `tree.search(name, n_seeds)`
+    search: Search,  # made for an environment: tree.search(name, n_seeds)
     T: int,  # rounds
-    marks: Sequence[int] | None = None,  # rounds to note the regret at; None: `marks_up_to(T)`
-    environment=None,  # None: the tree that the search was made for
+    marks: Sequence[int] | None = None,  # rounds to note the regret at; None: marks_up_to(T)
+    environment: object | None = None,  # None: the tree that the search was made for
     seed: int = 0,  # of the noise; players with the same seed meet the same luck
     watch: Callable[[Search, int], None] | None = None,  # called after each round
 ) -> Played:

@@ -26,7 +26,7 @@ def due(
 
 # %% ../../nbs/engine/05_tree_balance.ipynb #a8c1b1d3
 def kept_cut(
-    tree,  # a `TaskTree`
+    tree,  # a TaskTree
     old: Node,
     tasks: list,  # that the node has now
 ) -> tuple[torch.Tensor, Cut]:  # (n,) True for left, and the cut
@@ -37,7 +37,7 @@ def kept_cut(
 
 # %% ../../nbs/engine/05_tree_balance.ipynb #e989e3ea
 def reuse(
-    tree,  # a `TaskTree`
+    tree,  # a TaskTree
     old: Node,  # the subtree of nearly the same tasks
     tasks: list,
 ) -> Node:
@@ -58,7 +58,7 @@ def _child(tree, old: Node, side: list) -> Node:
 
 # %% ../../nbs/engine/05_tree_balance.ipynb #7ab5c2d1
 def placed(
-    tree,  # a `TaskTree` that has the task's rows
+    tree,  # a TaskTree that has the task's rows
     node: Node,  # changed in place
     task: Hashable,
 ) -> Node:

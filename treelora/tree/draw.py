@@ -42,8 +42,8 @@ def _figure(width: float, height: float):
 
 
 def draw_tree(
-    tree,  # a `TaskTree`: its root, the names at its leaves, the order of children
-    ax=None,
+    tree,  # a TaskTree: its root, the names at its leaves, the order of children
+    ax: object | None = None,  # matplotlib's; None: new ones
 ):
     "Draw a tree from the root at the top to its leaves; returns the matplotlib axes."
     if tree.root is None:
@@ -58,7 +58,7 @@ def draw_tree(
 
 
 def as_svg(
-    tree,  # a `TaskTree`
+    tree,  # a TaskTree
 ) -> str:
     "The picture that a notebook shows."
     ax, out = draw_tree(tree), io.StringIO()

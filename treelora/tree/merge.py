@@ -12,7 +12,7 @@ import torch
 
 # %% ../../nbs/engine/06_merge.ipynb #7d41ecaa
 def distances(
-    tree,  # a `TaskTree`
+    tree,  # a TaskTree
     key: Hashable,
     others: list,  # n entries
 ) -> torch.Tensor:  # (n,)
@@ -22,7 +22,7 @@ def distances(
 
 
 def nearest_pair(
-    tree,  # a `TaskTree` with at least two entries
+    tree,  # a TaskTree with at least two entries
 ) -> tuple:
     "The two entries with the nearest signatures, the earlier one first."
     keys = tree.keys

@@ -111,10 +111,10 @@ def divide(
 
 
 def fresh_cut(
-    tree,  # a `TaskTree`: its limit, its split rule and its rows
+    tree,  # a TaskTree: its limit, its split rule and its rows
     tasks: list,
     depth: int,
-) -> "tuple[torch.Tensor, Cut] | None":  # as of `cut`
+) -> "tuple[torch.Tensor, Cut] | None":  # as of cut
     "Cut some tasks by the rows of this depth's layer, if they may be cut at all."
     if len(tasks) < 2 or depth >= tree.limit: return None
     tree.n_splits += 1
@@ -122,7 +122,7 @@ def fresh_cut(
 
 # %% ../../nbs/engine/03_tree_cuts.ipynb #633155ce
 def build(
-    tree,  # a `TaskTree`
+    tree,  # a TaskTree
     tasks: list,
     depth: int,  # of the node
 ) -> Node:
