@@ -655,7 +655,8 @@ def _load(
     names: Iterable[str],
 ) -> None:
     "Import the modules that register some streams, where that is not done yet."
-    for module in {ELSEWHERE[n] for n in names if n in ELSEWHERE and n not in _streams}: import_module(module)
+    there = [ELSEWHERE[n] for n in names if n in ELSEWHERE and n not in _streams]
+    for module in dict.fromkeys(there): import_module(module)  # in order, each once
 
 
 def list_streams() -> dict[str, tuple[str, ...]]:  # name -> scales that it has

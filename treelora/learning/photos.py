@@ -23,11 +23,13 @@ from safetensors.torch import save
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ..arguments import number, place, shown, switch, whole
+from ..arguments import number, one_of, place, seed_of, shown, switch, whole
 from ..engine.files import replace_file
-from .images import BAD, READERS, Split, _held_out, _numbered, _pixels, _rows, _saved_split
-from ..streams import (ImageSet, Task, TaskStream, _hub, _name_of, _partition, _per_class, data_folders,
-                              register_stream, tiny_imagenet_halves)
+from .images import BAD, READERS, Split
+from .images import _held_out, _numbered, _pixels, _rows, _saved_split
+from ..streams import (ImageSet, Task, TaskStream, data_folders, register_stream,
+                              tiny_imagenet_halves)
+from ..streams import _hub, _name_of, _partition, _per_class
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00011
 # of ImageNet's red, green and blue, in [0, 1]
@@ -168,15 +170,14 @@ class Photos(ImageSet):
         "All images as they are handed out; made when they are asked for."
         return Shown(self)
 
-    def bytes(self, i: slice | torch.Tensor) -> torch.Tensor:  # (k, 3, side, side) uint8
-        "Some of the images as they are kept."
-        return self.kept[self.rows[i]]
+    def bytes(self, i: int | slice | torch.Tensor) -> torch.Tensor:  # (k, 3, side, side) uint8
+        "One or several of the images as they are kept."
+        return self.kept[self.rows[i].reshape(-1)]
 
     def __getitem__(self, i: int | slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "One labelled image (3, pixels, pixels), or several."
-        one = isinstance(i, int)
-        images = to_pixels(self.bytes([i] if one else i), self.pixels, normalise=False)
-        return images[0] if one else images, self.labels[i]
+        images = to_pixels(self.bytes(i), self.pixels, normalise=False)
+        return images.reshape(*self.rows[i].shape, *images.shape[1:]), self.labels[i]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "A batch, scaled as one tensor."
@@ -426,14 +427,16 @@ def _drawn(
     labels: list[int],
     count: int | None,  # per class; None: all
     seed: int,
-    wished: str | None,  # what is drawn, for the warning; None: it need not be enough
+    where: str,  # stream and split, for the warning
+    wished: bool,  # whether somebody asked for this number, not only the scale
 ) -> list[int]:  # rows, in order
     "At most so many images of each class."
     if count is None: return list(range(len(labels)))
     sizes = np.unique(labels, return_counts=True)[1]
     if wished and (few := (sizes < count).sum()):
-        warnings.warn(f"{few} classes of {wished} have fewer than {count} images (the smallest "
-                      f"{sizes.min()}); all of theirs are taken.", stacklevel=2)
+        warnings.warn(f"{where}: {few} of {len(sizes)} classes have fewer than {count} images "
+                      f"(the smallest has {sizes.min()}); all of theirs are taken.",
+                      stacklevel=2)
     return _per_class(torch.tensor(labels), count, seed).tolist()
 
 
@@ -479,7 +482,8 @@ def _cut(
 ) -> tuple[list[str], list[list[int]]]:  # each task's name and classes
     "Which classes come together, in an order drawn by the seed."
     if not superclass:
-        order, sizes = _partition(labels, data.per_task, None, seed)
+        per_task = min(data.per_task, len(labels.unique()))
+        order, sizes = _partition(labels, per_task, None, seed)
         ends = accumulate(sizes)
         parts = [order[end - size:end] for end, size in zip(ends, sizes)]
         return [f"{data.folder}-{i + 1:02d}" for i in range(len(parts))], parts
@@ -519,9 +523,9 @@ def _sets(
     seed: int,
 ) -> list[Photos]:  # training and test, with one kept set
     "The images that are drawn, decoded if they fit."
-    asked = (wishes.train_per_class, wishes.test_per_class)
-    what = [f"{data.stream}'s {split}" if n else None for n, split in zip(asked, ("training", "test"))]
-    rows = [_drawn(y, *x) for y, *x in zip(labels, counts, (seed, seed), what)]
+    asked = {"training": wishes.train_per_class, "test": wishes.test_per_class}
+    rows = [_drawn(y, n, seed, f"{data.stream}, {kind}", own is not None)
+            for y, n, (kind, own) in zip(labels, counts, asked.items())]
     sources = [split.images[i] for split, at in zip(splits, rows) for i in at]
     called = [name for split, at in zip(splits, rows) for name in _names_of_rows(split, at)]
     photos = Encoded(sources, called, wishes.keep or data.keep)
@@ -546,7 +550,8 @@ def _about(sets: Sequence[Photos], wishes: Wishes) -> str:
     said = (f"{len(set(train.labels.tolist()))} classes, {_span(train.labels)} training and "
             f"{_span(test.labels)} test images per class, kept at {train.kept.shape[-1]} and "
             f"handed out at {train.pixels} pixels")
-    changes = ["mirrored"] * wishes.flips + [f"cut to {wishes.crops:g} to 1 of their area"] * (wishes.crops < 1)
+    changes = ["half of them mirrored"] if wishes.flips else []
+    if wishes.crops < 1: changes.append(f"cut to {wishes.crops:g} to 1 of their area")
     return said + (f", in training {' and '.join(changes)}" if changes else "")
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00106
@@ -560,7 +565,8 @@ def photo_stream(
 ) -> PhotoStream:
     """A stream of photographs. Raises FileNotFoundError where there are none, ValueError for
     options that are unknown and images that cannot be read."""
-    wishes = _wishes(data, argument, options)
+    one_of("scale", scale, SCALES)
+    seed, wishes = seed_of(seed), _wishes(data, argument, options)
     splits = _splits(data, root)
     labels, names = _numbered(splits, None)
     asked = (wishes.train_per_class, wishes.test_per_class)
