@@ -188,7 +188,7 @@ def test_batches_are_the_images_one_by_one(root):
     data = stream[0].test
     images, labels = next(iter(DataLoader(data, len(data))))
     assert torch.equal(labels, data.labels) and images.shape == (20, 3, 70, 70)
-    for i in (0, 7, 19): torch.testing.assert_close(data[i][0], images[i], atol=1e-6, rtol=0)
+    for i in (0, 7, 19): torch.testing.assert_close(data[i][0], images[i], atol=0.005, rtol=0)  # one step of 255
     assert torch.equal(data.images[torch.tensor([3, 4])], data[3:5][0]) and data.images.shape == images.shape
     both = torch.cat([y for _, y in stream.loader([0, 1], "test", 7)])
     assert both.tolist() == stream[0].test.labels.tolist() + stream[1].test.labels.tolist()
@@ -197,7 +197,9 @@ def test_batches_are_the_images_one_by_one(root):
 def test_pixels_and_normalising():
     x = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain = P.to_pixels(x, normalise=False)
-    assert torch.equal(plain, x.float() / 255) and torch.equal(P.to_pixels(plain, 20), P.to_pixels(x, 20))
+    assert torch.equal(plain, x.float() / 255)
+    for side in (4, 20):  # bytes are rounded to bytes
+        torch.testing.assert_close(P.to_pixels(plain, side, normalise=False), P.to_pixels(x, side, normalise=False), atol=0.005, rtol=0)
     mean, std = torch.tensor(P.MEAN).view(3, 1, 1), torch.tensor(P.STD).view(3, 1, 1)
     torch.testing.assert_close(P.to_pixels(x, 20), (P.to_pixels(x, 20, normalise=False) - mean) / std)
     assert P.to_pixels(x, 4, normalise=False).shape == (2, 3, 4, 4)
@@ -221,7 +223,7 @@ def test_flips_are_exact(root):
     stream = get_stream("split-cifar100:flips", "small", 0, root)
     images, labels = next(iter(stream.loader(0, "train", 30, seed=0)))
     seen = stream[0].train.images[:]
-    near = lambda x: any(torch.allclose(x, y, atol=1e-6) for y in seen)
+    near = lambda x: any(torch.allclose(x, y, atol=0.005) for y in seen)
     kinds = [(near(x), near(x.flip(-1))) for x in images]
     assert set(kinds) == {(True, False), (False, True)}
 
