@@ -50,12 +50,13 @@ class StandardPatches(PatchEmbed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, patches, width)
         return super().forward((x - self.mean) / self.std)
 
-# %% ../../nbs/learning/20_vit.ipynb #87cddf04
+# %% ../../nbs/learning/20_vit.ipynb #fa33f5d2
 def at_size(
     state: dict[str, torch.Tensor],  # weights by timm's names
     pixels: int,  # side of the images
 ) -> dict[str, torch.Tensor]:  # the same with a position table of that size, in float32
-    "Weights for images of another size. A table that is no square stays as it is."
+    "Weights for images of another size. A table that is no square, or none, stays as it is."
+    if "pos_embed" not in state: return state
     table, side = state["pos_embed"].float(), patches_per_side(pixels)
     square = table.ndim == 3 and math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1
     if square: table = resample_abs_pos_embed(table, [side, side])
@@ -169,7 +170,7 @@ def package_state() -> dict[str, torch.Tensor]:  # with the position table of 37
     path = package_file()
     return to_timm(read_onnx(path), what=path)
 
-# %% ../../nbs/learning/20_vit.ipynb #89a818c1
+# %% ../../nbs/learning/20_vit.ipynb #54caebbb
 def is_upper(
     state: dict[str, torch.Tensor],  # by timm's names
 ) -> bool:
@@ -189,12 +190,10 @@ def check_described(path: Path) -> None:
 def completed(
     state: dict[str, torch.Tensor],  # of a file
     path: Path,  # the file
-    pixels: int,  # side of the images
-) -> dict[str, torch.Tensor]:  # what a model for such images loads
-    "Weights of a file, with what it leaves to the package, for images of some size."
+) -> dict[str, torch.Tensor]:
+    "Weights of a file, with those that it leaves to the package."
     check_described(path)
-    if is_upper(state): state = package_state() | state
-    return at_size(state, pixels) if "pos_embed" in state else state
+    return package_state() | state if is_upper(state) else state
 
 # %% ../../nbs/learning/20_vit.ipynb #399385b1
 def pooled(
