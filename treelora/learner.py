@@ -496,7 +496,8 @@ def _vision_backbone(stream: Stream, model, seed: int, weights, precision: str) 
     place("weights", weights, optional=True)
     if isinstance(name, str):
         pixels = stream.image_size if name in RESIZED else None
-        backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights, pixels=pixels)
+        backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights,
+                             pixels=pixels)
         file = weights_file(name, weights)
     else: backbone, name, file = model, type(model).__name__, None
     _check_fit(backbone, stream)

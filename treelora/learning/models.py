@@ -23,14 +23,15 @@ from .vit import PATCH, StandardPatches, at_size, completed, patches_per_side
 MODELS = {
     "glyph-vit": dict(img_size=16, patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=4, mlp_ratio=2.0),
     "vit-small-64": dict(img_size=64, patch_size=8, in_chans=3, embed_dim=384, depth=12, num_heads=6),
-    "vit-small-14": dict(img_size=70, patch_size=PATCH, in_chans=3, embed_dim=384, depth=12, num_heads=6,
-                         init_values=1e-5, embed_layer=StandardPatches),
+    "vit-small-14": dict(img_size=70, patch_size=PATCH, in_chans=3, embed_dim=384, depth=12,
+                         num_heads=6, init_values=1e-5, embed_layer=StandardPatches),
     "vit-b16": dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12),
 }
 GLYPH_WEIGHTS = "weights/glyph_vit.safetensors"  # within the package
 HUB_NAME = "vit_base_patch16_224.augreg_in21k"  # timm's ViT-B/16 on ImageNet-21k
 HUB_NAMES = {"vit-b16": HUB_NAME, "vit-small-14": "vit_small_patch14_dinov2.lvd142m"}
-MADE = {"vit-small-14": ", such as `treelora pretrain --model vit-small-14` makes"}  # said where none is had
+# said where none is had
+MADE = {"vit-small-14": ", such as `treelora pretrain --model vit-small-14` makes"}
 RESIZED = ("vit-small-14",)  # models for images of several sizes
 
 
@@ -84,13 +85,14 @@ def read_weights(
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch it again.") from None
 
-# %% ../../nbs/learning/06_models.ipynb #a8893a9e
+# %% ../../nbs/learning/06_models.ipynb #42d0d4a7
 def fill(
     model: VisionTransformer,
     state: dict[str, torch.Tensor],  # from `read_weights`
     path: str | Path,  # where it came from, for messages
 ) -> VisionTransformer:  # the same model
-    "Put weights into a model; `ValueError` says what does not fit, and then nothing has been changed."
+    """Put weights into a model; `ValueError` says what does not fit, and then nothing has been
+    changed."""
     if isinstance(model.patch_embed, StandardPatches):
         state = at_size(state, model.patch_embed.img_size[0])
     own = _backbone(model.state_dict())
