@@ -279,6 +279,9 @@ def test_streams_run_on_it(small, tmp_path):
     for method in ("seqlora", "hidelora"):
         result = run(stream, method, weights=path, epochs=1, batch_size=4, progress=False, blocks=2)
         assert result.config["model"] == "vit-small-14" and result.sha256["weights"] == vit.sha256_of(path)
+    ahead = run(stream, "seqlora", weights=path, epochs=1, batch_size=4, progress=False, blocks=2, place="last", ahead=True)
+    usual = run(stream, "seqlora", weights=path, epochs=1, batch_size=4, progress=False, blocks=2, place="last")
+    assert np.allclose(ahead.R, usual.R, equal_nan=True)
     odd = TaskStream.from_arrays("odd", x[..., 1:, 1:], torch.arange(16) % 4, x[..., 1:, 1:], torch.arange(16) % 4, 2)
     with pytest.raises(ValueError, match="pixels=27 must be a multiple of 14"): run(odd, "seqlora", model="vit-small-14", weights=path, progress=False)
 

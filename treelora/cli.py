@@ -390,7 +390,7 @@ def _cldr(args) -> None:
     from treelora.learning.cldr import rebuild_cldr
     print(rebuild_cldr(args.out))
 
-# %% ../nbs/tutorials/08_command_line.ipynb #b883eddf
+# %% ../nbs/tutorials/08_command_line.ipynb #f2d8d1b9
 def _data_root(args) -> Path:
     "The data folder. Raises ValueError when none is given."
     if found := args.root or os.environ.get("TREELORA_DATA"): return Path(found)
@@ -402,6 +402,7 @@ def _retrain(args) -> None:
     from treelora.learning.retrain import Recipe, retrain
     chosen = {k: getattr(args, k) for k in ("epochs", "pixels", "mixup")}
     recipe = Recipe(seed=args.seed, **{k: v for k, v in chosen.items() if v is not None})
+    args.resume = True  # it writes checkpoints, and goes on from the latest one
     report = retrain(args.out, _data_root(args), recipe, args.weights, args.upper)
     if args.report: args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"vit-small-14: {report['n_trained']:,} of {report['n_params']:,} parameters trained, "
