@@ -340,13 +340,10 @@ def _n_backbone(
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
 
 
-def _pretrain_photos(
-    out: Path,
-    config: dict,  # seed, steps, batch_size, lr
-    progress: bool,
+def pretrain_files(
     root: Path,  # with pretrain/train-*.parquet and pretrain/validation-*.parquet, here or in tiny-imagenet/
-) -> dict:  # what to report
-    "The `pretrain` half of Tiny ImageNet, on a GPU when there is one."
+) -> dict[str, list[Path]]:  # those of "train" and of "validation"
+    "The files of the `pretrain` half of Tiny ImageNet; `FileNotFoundError` where they are missing."
     folders = [folder for folder in (root / "pretrain", root / "tiny-imagenet" / "pretrain") if folder.is_dir()]
     folder = folders[0] if folders else root
     files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", "validation")}
@@ -355,6 +352,17 @@ def _pretrain_photos(
             f"There are no pretrain/train-*.parquet and pretrain/validation-*.parquet in {root}; give "
             "that folder."
         )
+    return files
+
+
+def _pretrain_photos(
+    out: Path,
+    config: dict,  # seed, steps, batch_size, lr
+    progress: bool,
+    root: Path,  # as `pretrain_files` takes it
+) -> dict:  # what to report
+    "The `pretrain` half of Tiny ImageNet, on a GPU when there is one."
+    files = pretrain_files(root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, y, _ = read_parquet(files["train"])
     model = get_model("vit-small-64", int(y.max()) + 1, pretrained=False, seed=config["seed"]).to(device)
