@@ -27,7 +27,7 @@ from .engine.ahead import activations
 from .engine.checkpoint import file_sha256, weights_sha256
 from .engine.shard import repeated_blocks, shard_frozen
 from .learning.keeper import Keeper, Pass
-from .learning.models import HEADS, get_model, model_for, weights_file
+from .learning.models import HEADS, RESIZED, get_model, model_for, weights_file
 from .learning.processes import Alone, agree, is_main_process, make_accelerator, processes_of
 from .learning.result import Result, Stopwatch, _peak_bytes, where
 from .streams import Stream, get_stream
@@ -495,7 +495,9 @@ def _vision_backbone(stream: Stream, model, seed: int, weights, precision: str) 
         raise ValueError(f"model={shown(model)} must be a model of PyTorch, or its name.")
     place("weights", weights, optional=True)
     if isinstance(name, str):
-        backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights)
+        pixels = stream.image_size if name in RESIZED else None
+        backbone = get_model(name, n_classes=stream.n_classes, seed=seed, weights=weights,
+                             pixels=pixels)
         file = weights_file(name, weights)
     else: backbone, name, file = model, type(model).__name__, None
     _check_fit(backbone, stream)

@@ -198,7 +198,7 @@ def count_picture(
 
 # %% ../../nbs/experiments/04_ablations.ipynb #5ab10006
 def view_agreement(
-    result: dict,  # a saved run on `permuted-digits` of a method with a tree
+    result: dict,  # a saved run on permuted-digits of a method with a tree
 ) -> float:  # share of the triples
     "How well the final tree knows which tasks share a view."
     return agreement(saved_kinship(result), lambda a, b: a.split("-")[0] == b.split("-")[0], result["tasks"])

@@ -86,7 +86,7 @@ def run_set(
     results: str | Path = "results",
     missing_only: bool = False,  # skip runs whose result is there
     progress: bool = True,
-    **settings,  # of `treelora.learner.run`, e.g. root, epochs
+    **settings,  # of treelora.learner.run, e.g. root, epochs
 ) -> list[Path]:  # the results' files
     """Run methods and seeds on a stream, each with what was tuned for it, and save each result as
     soon as it is there. Raises ValueError when results that stay are of other data."""
