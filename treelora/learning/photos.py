@@ -36,16 +36,24 @@ from ..streams import _hub, _name_of, _partition, _per_class
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def _floats(images: torch.Tensor) -> torch.Tensor:
+    "Bytes as floats in [0, 1]; floats as they are."
+    if images.dtype != torch.uint8: return images.float()
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
 def to_pixels(
     images: torch.Tensor,  # (n, C, H, W): bytes, or floats in [0, 1]
     pixels: int | None = None,  # side of the result; None: as they are
     normalise: bool = True,  # by ImageNet's mean and deviation; needs three channels
 ) -> torch.Tensor:  # (n, C, pixels, pixels) float32
     "A batch of images as floats of the size that a model takes."
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if images.device.type != "cpu": images = _floats(images)  # only there bytes can be scaled
     if pixels and images.shape[-2:] != (pixels, pixels):
-        shrinks = max(images.shape[-2:]) > pixels
-        images = F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=shrinks)
+        if images.dtype == torch.uint8:
+            images = images.contiguous(memory_format=torch.channels_last)
+        images = F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True)
+    images = _floats(images)
     if not normalise: return images
     mean, std = (images.new_tensor(x)[:, None, None] for x in (MEAN, STD))
     return (images - mean) / std
@@ -100,8 +108,9 @@ class Encoded:
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00025
 def decoded(photos: Encoded) -> torch.Tensor:  # (n, 3, side, side) uint8
-    "All of them, decoded by several threads; `ValueError` names one that cannot be read."
-    found = torch.empty(photos.shape, dtype=torch.uint8)
+    """All of them, decoded by several threads, a pixel's colours side by side in memory;
+    `ValueError` names one that cannot be read."""
+    found = torch.empty(photos.shape, dtype=torch.uint8, memory_format=torch.channels_last)
     def put(i): found[i] = photos.one(i)
     with ThreadPoolExecutor() as pool: list(pool.map(put, range(len(photos))))
     return found
@@ -125,7 +134,7 @@ def _fits(
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00031
 def _hash_of(tensor: torch.Tensor) -> str:
-    "SHA-256 of a tensor's bytes."
+    "SHA-256 of the bytes of a tensor that lies in one piece."
     return hashlib.sha256(tensor.numpy().data).hexdigest()
 
 
@@ -135,8 +144,10 @@ def _read_cache(file: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
         with safe_open(file, "pt") as saved:
             images, said = saved.get_tensor("images"), saved.metadata()
     except (OSError, SafetensorError, KeyError): return None
-    good = images.dtype == torch.uint8 and tuple(images.shape) == shape
-    return images if good and (said or {}).get("images") == _hash_of(images) else None
+    good = images.dtype == torch.uint8 and images.dim() == 4
+    good = good and (said or {}).get("images") == _hash_of(images)
+    images = images.permute(0, 3, 1, 2) if good else None
+    return images if good and tuple(images.shape) == shape else None
 
 
 def _kept(photos: Encoded, cache: str | Path | None) -> torch.Tensor:  # (n, 3, side, side) uint8
@@ -146,8 +157,9 @@ def _kept(photos: Encoded, cache: str | Path | None) -> torch.Tensor:  # (n, 3, 
     file = Path(cache) / f"photos-{key}.safetensors"
     if (found := _read_cache(file, photos.shape)) is not None: return found
     images = decoded(photos)
+    lying = images.permute(0, 2, 3, 1).contiguous()  # as in memory: nothing is copied
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, save({"images": images}, {"images": _hash_of(images)}))
+    replace_file(file, save({"images": lying}, {"images": _hash_of(lying)}))
     return images
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00041
@@ -172,7 +184,9 @@ class Photos(ImageSet):
 
     def bytes(self, i: int | slice | torch.Tensor) -> torch.Tensor:  # (k, 3, side, side) uint8
         "One or several of the images as they are kept."
-        return self.kept[self.rows[i].reshape(-1)]
+        rows = self.rows[i].reshape(-1)
+        if isinstance(self.kept, Encoded): return self.kept[rows]
+        return self.kept.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)  # as they lie in memory
 
     def __getitem__(self, i: int | slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "One labelled image (3, pixels, pixels), or several."
