@@ -47,7 +47,7 @@ def load_adapter(self: TreeLoRA, name: str) -> None:
 def record_features(
     self: TreeLoRA,
     features: torch.Tensor,  # (n, F), of the model without its adapter
-    labels: Sequence | None = None,  # groups within the task, e.g. classes; None: one group
+    labels: list | torch.Tensor | None = None,  # groups within the task, e.g. classes; None: one group
 ) -> None:
     "Inside a task: take in un-adapted features, by which inputs are later routed to this task."
     now = self._open()

@@ -179,7 +179,7 @@ def bench_scale(
 # %% ../../nbs/experiments/07_bench.ipynb #f6b51e2e
 def draw_scale(
     found: dict,  # from bench_scale
-    ax: object | None = None,  # matplotlib's; None: new ones
+    ax: object | None = None,  # matplotlib's axes; None: new ones
 ):
     "The curve, with matplotlib; returns the axes."
     if ax is None:

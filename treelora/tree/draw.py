@@ -43,7 +43,7 @@ def _figure(width: float, height: float):
 
 def draw_tree(
     tree,  # a TaskTree: its root, the names at its leaves, the order of children
-    ax: object | None = None,  # matplotlib's; None: new ones
+    ax: object | None = None,  # matplotlib's axes; None: new ones
 ):
     "Draw a tree from the root at the top to its leaves; returns the matplotlib axes."
     if tree.root is None:

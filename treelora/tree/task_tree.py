@@ -204,7 +204,10 @@ def newick(self: TaskTree) -> str:
 
 # %% ../../nbs/core/04_tree.ipynb #7ee00022
 @patch
-def draw(self: TaskTree, ax: object | None = None):  # matplotlib's; None: new ones
+def draw(
+    self: TaskTree,
+    ax: object | None = None,  # matplotlib's axes; None: new ones
+):
     "Draw the tree with matplotlib; returns the axes. Raises ValueError for an empty tree."
     return draw_tree(self, ax)
 
