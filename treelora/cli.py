@@ -344,7 +344,8 @@ def _add_bench(commands) -> None:
     p = commands.add_parser("bench", help="measure the step and the search on this machine")
     p.add_argument("what", nargs="?", default="all",
                    choices=("all", "scale", "time", "steps", "serving", "vision"),
-                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size; serving: answers under many adapters, beside PEFT's; vision: images per second of vit-small-14 at several sizes")
+                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size; serving: answers under many adapters, beside PEFT's; "
+                        "vision: images per second of vit-small-14 at several sizes")
     p.add_argument("--stream", default="split-digits", help="for time")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for time")
     p.add_argument("--root", type=Path, help="data folder, for time")
