@@ -28,7 +28,7 @@ from ..streams import ImageSet
 # %% ../../nbs/learning/22_floors.ipynb #33a45dec
 RIDGE = 0.05  # share of the mean variance that is added to each
 
-
+# %% ../../nbs/learning/22_floors.ipynb #8743b95a
 def nearest(
     stats: FeatureStats,  # of the training features, by class
     features: torch.Tensor,  # (n, F)
@@ -55,7 +55,7 @@ def probe(
     model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
     return torch.from_numpy(model.fit(x.numpy(), y.numpy()).predict(test_x.numpy()))
 
-
+# %% ../../nbs/learning/22_floors.ipynb #4849b029
 def readers(
     x: torch.Tensor,  # (n, F) training features
     y: torch.Tensor,
@@ -73,7 +73,7 @@ def readers(
 # %% ../../nbs/learning/22_floors.ipynb #108e45d8
 FEATURES = ("class token", "class token and patches")
 
-
+# %% ../../nbs/learning/22_floors.ipynb #37542de8
 @torch.no_grad()
 def both_features(
     model: VisionTransformer,
@@ -102,7 +102,7 @@ def few(
         rows += sorted(rng.permutation(own)[:most].tolist())
     return _rows(split, rows)
 
-
+# %% ../../nbs/learning/22_floors.ipynb #8669ebc7
 def labelled(
     folder: str | Path,  # of images, in any layout that `image_stream` reads
     pixels: int,
@@ -117,10 +117,12 @@ def labelled(
     return [ImageSet(x, y) for x, y in zip(images, labels)]
 
 # %% ../../nbs/learning/22_floors.ipynb #61725105
-SETS = {"cifar100": ("cifar100", (100, 20)), "tiny-imagenet": ("tiny-imagenet/stream", (100, 20)),
-        "cub200": ("cub200", (30, 10))}  # folder, and images of each class
+# folder, and images of each class
+SETS = {"cifar100": ("cifar100", (100, 20)),
+        "tiny-imagenet": ("tiny-imagenet/stream", (100, 20)),
+        "cub200": ("cub200", (30, 10))}
 
-
+# %% ../../nbs/learning/22_floors.ipynb #983577e2
 def floor_rows(
     name: str,  # of the data
     sets: list[ImageSet],  # training and test
@@ -139,7 +141,7 @@ def floor_rows(
                  for kind in FEATURES]
     return rows
 
-
+# %% ../../nbs/learning/22_floors.ipynb #c6bd311f
 def floor_table(rows: list[dict]) -> str:
     "Rows as Markdown, in per cent."
     kinds = [k for k in ("class means", "LDA", "linear probe") if k in rows[0]]
@@ -181,7 +183,8 @@ def measure_floors(
     there = {name: Path(root) / folder for name, (folder, _) in SETS.items()}
     there = {name: folder for name, folder in there.items() if folder.is_dir()}
     if not there:
-        raise FileNotFoundError(f"{root} holds none of {', '.join(f for f, _ in SETS.values())}; "
+        known = ", ".join(folder for folder, _ in SETS.values())
+        raise FileNotFoundError(f"{root} holds none of {known}; "
                                 "pass the folder in which they lie as root (--root FOLDER).")
     models, hashes = _backbones(pixels, None if weights is None else Path(weights))
     begun, rows = time.perf_counter(), []

