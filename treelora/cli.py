@@ -348,7 +348,7 @@ def _serving(out: Path | None, quick: bool) -> str:
     from treelora.experiments.serving import run_serving
     return run_serving(out, quick)
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #ae6db9f1
 def _speed(out: Path | None, quick: bool) -> str:
     from treelora.experiments.speed import run_speed
     return run_speed(out, quick)
@@ -365,7 +365,8 @@ def _add_bench(commands) -> None:
     p = commands.add_parser("bench", help="measure the step and the search on this machine")
     p.add_argument("what", nargs="?", default="all",
                    choices=("all", "scale", "time", "steps", "serving", "vision"),
-                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size; serving: answers under many adapters, beside PEFT's; vision: images per second of vit-small-14 at several sizes")
+                   help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size; serving: answers under many adapters, beside PEFT's; "
+                        "vision: images per second of vit-small-14 at several sizes")
     p.add_argument("--stream", default="split-digits", help="for time")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for time")
     p.add_argument("--root", type=Path, help="data folder, for time")
@@ -396,7 +397,7 @@ def _add_ablate(commands) -> None:
 # %% ../nbs/tutorials/08_command_line.ipynb #6dddcc55
 VIT_ONLY = ("epochs", "pixels", "mixup", "weights", "upper", "probe")  # for vit-small-14
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #dcd01c1c
 def _pretrain(args) -> None:
     if args.model == "vit-small-14": return (_probe if args.probe else _retrain)(args)
     from treelora.learning.pretrain import pretrain
@@ -406,7 +407,7 @@ def _pretrain(args) -> None:
     print(f"{args.model}: {report['n_params']:,} parameters, {report['seconds']:.0f} s on {report['device']}; {args.out}")
     print(json.dumps({k: v for k, v in report.items() if k in ("probe", "validation")}))
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #ff143023
 def _cldr(args) -> None:
     from treelora.learning.cldr import rebuild_cldr
     print(rebuild_cldr(args.out))
@@ -418,7 +419,7 @@ def _data_root(args) -> Path:
     raise ValueError(f"{args.model} needs --root, the folder of the data (or the variable "
                      "TREELORA_DATA).")
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #d9977a33
 def _retrain(args) -> None:
     from treelora.learning.retrain import Recipe, retrain
     chosen = {k: getattr(args, k) for k in ("epochs", "pixels", "mixup")}
@@ -431,7 +432,7 @@ def _retrain(args) -> None:
           f"{report['sha256']}")
     print(json.dumps({"validation": report["validation"]}))
 
-
+# %% ../nbs/tutorials/08_command_line.ipynb #cbada0fb
 def _probe(args) -> None:
     from treelora.learning.floors import floor_table, measure_floors
     given = {} if args.pixels is None else {"pixels": args.pixels}

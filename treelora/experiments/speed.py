@@ -38,7 +38,7 @@ def multiplications(
 # %% ../../nbs/experiments/15_speed.ipynb #bc7dca87
 FORMS = ("plain", "channels last", "compiled")
 
-
+# %% ../../nbs/experiments/15_speed.ipynb #8cb7fcfb
 @dataclass(frozen=True)
 class Case:
     "One line of the table."
@@ -96,7 +96,8 @@ def bench_images(
     repeats: int = 7,
     **changes,  # of the model, to see that it works
 ) -> list[dict]:  # a row for each case
-    "Images per second, with all threads. Compiled forms are left out where there is no compiler."
+    """Images per second, with all threads. Compiled forms are left out where there is no
+    compiler."""
     forms, rows = [f for f in forms if f != "compiled" or has_compiler()], []
     for pixels in sizes:
         models = {form: _adapted(pixels, form, **changes) for form in forms}
@@ -111,11 +112,13 @@ def bench_images(
 def speed_table(
     rows: Sequence[dict],  # from `bench_images`
 ) -> str:
-    "Images per second as Markdown: a line for each size and what is done, a column for each form."
+    """Images per second as Markdown: a line for each size and what is done, a column for each
+    form."""
     columns = list(dict.fromkeys((r["form"], r["bf16"]) for r in rows))
     by = {(r["pixels"], r["train"], r["form"], r["bf16"]): r["per_second"] for r in rows}
     heads = [f"{form}, {'bf16' if bf16 else 'float32'}" for form, bf16 in columns]
-    lines = ["| pixels | what | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
+    lines = ["| pixels | what | " + " | ".join(heads) + " |",
+             "| --- " * (2 + len(heads)) + "|"]
     for pixels, train in dict.fromkeys((r["pixels"], r["train"]) for r in rows):
         cells = [f"{by[(pixels, train, *column)]:.0f}" for column in columns]
         what = "training step" if train else "forward only"

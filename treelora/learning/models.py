@@ -55,14 +55,14 @@ def _build(
 # %% ../../nbs/learning/06_models.ipynb #74d675c4
 HEADS = ("head.", "head_drop.", "fc.")  # prefixes of what belongs to a task, not to the backbone
 
-
+# %% ../../nbs/learning/06_models.ipynb #45dd948d
 def _backbone(
     state: dict[str, torch.Tensor],  # a state dict
 ) -> dict[str, torch.Tensor]:  # the same without the head
     "Leave out the head."
     return {k: v for k, v in state.items() if not k.startswith(HEADS)}
 
-
+# %% ../../nbs/learning/06_models.ipynb #687353ae
 def save_weights(
     model: VisionTransformer,
     path: str | Path,
@@ -73,7 +73,7 @@ def save_weights(
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
     replace_file(path, save(state))
 
-
+# %% ../../nbs/learning/06_models.ipynb #a9aea97d
 def read_weights(
     path: str | Path,  # a safetensors file with timm's names
 ) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def fill(
     model.load_state_dict(state, strict=False)
     return model
 
-
+# %% ../../nbs/learning/06_models.ipynb #b1630a35
 def load_weights(
     model: VisionTransformer,
     path: str | Path,  # a safetensors file with timm's names
@@ -135,7 +135,7 @@ def weights_file(
     if weights is not None: return Path(weights)
     return Path(str(resources.files("treelora") / GLYPH_WEIGHTS)) if name == "glyph-vit" else None
 
-
+# %% ../../nbs/learning/06_models.ipynb #f94dc9b9
 def _pretrained(
     model: VisionTransformer,
     name: str,
@@ -161,7 +161,7 @@ def _pretrained(
     model.load_state_dict(source, strict=False)
     return model
 
-
+# %% ../../nbs/learning/06_models.ipynb #ca700470
 def _check_pixels(name: str, pixels: int) -> None:
     "`ValueError` for a size of images that a model does not take."
     if name in RESIZED: patches_per_side(pixels)
@@ -169,9 +169,9 @@ def _check_pixels(name: str, pixels: int) -> None:
         raise ValueError(f"{name} takes images of {MODELS[name]['img_size']} pixels per side, not "
                          f"{shown(pixels)}.")
 
-
+# %% ../../nbs/learning/06_models.ipynb #cd942765
 def get_model(
-    name: str,  # one of list_models()
+    name: str,  # one of `list_models()`
     n_classes: int,  # outputs of the head; 0 for none
     pretrained: bool = True,  # start from the weights that belong to the name
     weights: str | Path | None = None,  # a safetensors file to start from instead
@@ -204,7 +204,7 @@ def model_for(
     raise ValueError(f"No model takes {in_chans} x {height} x {width} images; the known "
                      f"models take {known}, and {RESIZED[0]} other multiples of {PATCH}.")
 
-
+# %% ../../nbs/learning/06_models.ipynb #e237166e
 def _fits_patches(image_size: int | tuple[int, int]) -> bool:
     "Whether square images can be cut into patches of 14 pixels."
     try: return patches_per_side(image_size) > 0

@@ -35,12 +35,13 @@ from ..streams import _hub, _name_of, _partition, _per_class
 # of ImageNet's red, green and blue, in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0001g1
 def _floats(images: torch.Tensor) -> torch.Tensor:
     "Bytes as floats in [0, 1]; floats as they are."
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if images.dtype != torch.uint8: return images.float()
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0001h1
 def to_pixels(
     images: torch.Tensor,  # (n, C, H, W): bytes, or floats in [0, 1]
     pixels: int | None = None,  # side of the result; None: as they are
@@ -49,9 +50,10 @@ def to_pixels(
     "A batch of images as floats of the size that a model takes."
     if images.device.type != "cpu": images = _floats(images)  # only there bytes can be scaled
     if pixels and images.shape[-2:] != (pixels, pixels):
-        images = images.contiguous(memory_format=torch.channels_last)
+        if images.dtype == torch.uint8:
+            images = images.contiguous(memory_format=torch.channels_last)
         images = F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True)
-    images = _floats(images.contiguous())
+    images = _floats(images)
     if not normalise: return images
     mean, std = (images.new_tensor(x)[:, None, None] for x in (MEAN, STD))
     return (images - mean) / std
@@ -76,7 +78,7 @@ def _bytes(source, name: str) -> bytes:
     if isinstance(found, bytes): return found
     raise ValueError(f"{name} cannot be read as an image: it holds no encoded bytes.")
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0002g4
 class Encoded:
     "Photographs that stay as they are stored, and are decoded when they are asked for."
 
@@ -116,7 +118,7 @@ def decoded(photos: Encoded) -> torch.Tensor:  # (n, 3, side, side) uint8
 # %% ../../nbs/learning/19_photos.ipynb #19a00028
 SHARE = 0.5  # of the free memory, for the decoded set
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0002g8
 def _fits(
     photos: Encoded,
     memory: float | None,  # gigabytes; None: half of what is free
@@ -135,7 +137,7 @@ def _hash_of(tensor: torch.Tensor) -> str:
     "SHA-256 of the bytes of a tensor that lies in one piece."
     return hashlib.sha256(tensor.numpy().data).hexdigest()
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0003g1
 def _read_cache(file: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
     "A decoded set from its file; None where there is none, or it is not what was written."
     try:
@@ -147,7 +149,7 @@ def _read_cache(file: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
     images = images.permute(0, 3, 1, 2) if good else None
     return images if good and tuple(images.shape) == shape else None
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0003h1
 def _kept(photos: Encoded, cache: str | Path | None) -> torch.Tensor:  # (n, 3, side, side) uint8
     "The decoded set, from the cache's folder if one is given and has it."
     if cache is None: return decoded(photos)
@@ -216,7 +218,7 @@ class Shown:
 
     def __getitem__(self, i) -> torch.Tensor: return self.photos[i][0]
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0004g2
 def joined(sets: Sequence[Photos]) -> Photos:
     "Several tasks' photographs, all from one kept set, as one."
     rows, labels = (torch.cat([getattr(s, k) for s in sets]) for k in ("rows", "labels"))
@@ -228,7 +230,7 @@ def mirrored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor: 
     chosen = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(chosen[:, None, None, None], images.flip(-1), images)
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0005g1
 def cropped(
     images: torch.Tensor,  # (n, C, H, W): bytes, or floats in [0, 1]
     pixels: int,  # side of the result
@@ -322,7 +324,7 @@ class PhotoSet:
     @property
     def stream(self) -> str: return f"split-{self.folder}"
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0007g1
 SETS = {s.stream: s for s in (
     PhotoSet("cifar100", 10, 32, 70, "uoft-cs/cifar100", label="fine_label"),
     PhotoSet("cub200", 20, 96, 98, "bentrevett/caltech-ucsd-birds-200-2011"),
@@ -335,13 +337,13 @@ def _named(split: Split, names: Sequence[str] | None) -> Split:
     if not names or any(not isinstance(c, int) for c in split.labels): return split
     return Split(split.images, [_name_of(c, names) for c in split.labels], split.where)
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0007g3
 def _streams_half(split: Split) -> Split:
     "The images of Tiny ImageNet's classes that no backbone is trained on."
     half = set(tiny_imagenet_halves(sorted(set(split.labels)))[1])
     return _rows(split, [i for i, c in enumerate(split.labels) if c in half])
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0007h3
 def _from_hub(data: PhotoSet, missing: str) -> list[Split]:  # training and test
     "The splits on the hub; `FileNotFoundError` when it cannot be reached."
     hub, found = _hub(data.hub, missing), []
@@ -358,7 +360,7 @@ def _places(data: PhotoSet, root: str | Path | None) -> list[Path]:
     folders = reversed(data_folders(root, data.folder))
     return [place for f in folders for place in (f / "stream", f)]
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0007g4
 def _splits(data: PhotoSet, root: str | Path | None) -> list[Split]:  # training and test
     "The set's splits from the first place that has them; `FileNotFoundError` names all ways."
     places = _places(data, root)
@@ -389,7 +391,7 @@ class Wishes:
     memory: float | None = None  # gigabytes that the decoded set may take
     cache: str | Path | None = None  # folder for decoded sets
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0008g1
 SCALES = {"quick": (20, 10), "small": (100, 20), "paper": (None, None)}  # images per class
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00082
@@ -406,7 +408,7 @@ def _check(wishes: Wishes, data: PhotoSet) -> None:
     if wishes.superclass and data.folder != "cifar100":
         raise ValueError(f"The stream {data.stream!r} has no superclasses; split-cifar100 has.")
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0008g2
 def _wishes(data: PhotoSet, argument: str, options: dict) -> Wishes:
     "The options after the colon and those given by name; `ValueError` for unknown ones."
     said = [part.partition("=") for part in argument.split(",")] if argument else []
@@ -420,7 +422,7 @@ def _wishes(data: PhotoSet, argument: str, options: dict) -> Wishes:
     _check(wishes, data)
     return wishes
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0008h2
 def _value(text: str):
     "A number, true or false; else the text itself."
     try: return json.loads(text)
@@ -451,7 +453,7 @@ def _drawn(
                       stacklevel=2)
     return _per_class(torch.tensor(labels), count, seed).tolist()
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0009g1
 def _names_of_rows(split: Split, rows: list[int]) -> list[str]:
     "What messages call the images."
     return [str(split.images[i]) if isinstance(split.images[i], Path)
@@ -555,7 +557,7 @@ def _span(labels: torch.Tensor) -> str:
     least, most = sizes[sizes > 0].min().item(), sizes.max().item()
     return str(most) if least == most else f"{least} to {most}"
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0010g5
 def _about(sets: Sequence[Photos], wishes: Wishes) -> str:
     "What a stream holds, for a caption."
     train, test = sets
@@ -598,7 +600,7 @@ def _builder(data: PhotoSet) -> Callable[..., PhotoStream]:
         return photo_stream(data, scale, seed, root, argument, **options)
     return build
 
-
+# %% ../../nbs/learning/19_photos.ipynb #19a0010g7
 for _data in SETS.values():
     register_stream(_data.stream, list(SCALES), _builder(_data),
                     "options with commas, as in 'split-cifar100:superclass,pixels=98'")
