@@ -675,7 +675,7 @@ def get_stream(
     scale: str = "quick",  # "quick", "small" or "paper"
     seed: int = 0,  # of whatever the stream draws: split, order, a smaller share of the data
     root: Path | str | None = None,  # data folder; then no other place is looked at
-    **options,  # of streams that take some, such as train_per_class=20 (`treelora.learning.photos.Wishes`)
+    **options,  # of streams that take some, such as train_per_class=20 (treelora.learning.photos.Wishes)
 ) -> Stream:
     "A stream by name; `ValueError` for an unknown name, scale, argument or option, `FileNotFoundError` if its data is nowhere."
     text("The stream's name", name), place("root", root, optional=True)

@@ -10,10 +10,12 @@ __all__ = ['WAYS', 'HALF', 'NAMES', 'load_ways', 'looks_of', 'looks', 'seconds',
 import json
 from pathlib import Path
 
+# %% ../../nbs/experiments/14_many_tasks.ipynb #617bf6b5
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# %% ../../nbs/experiments/14_many_tasks.ipynb #2f27ee73
 from ..metrics import task_seconds
 from ..paper.figures import new_figure, score_name, style
 from ..paper.statistics import mean, paired, scores

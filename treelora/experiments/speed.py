@@ -13,10 +13,12 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+# %% ../../nbs/experiments/15_speed.ipynb #7961b53c
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
+# %% ../../nbs/experiments/15_speed.ipynb #8bd0ee27
 from ..engine.files import replace_file
 from .bench import has_compiler
 from ..learner import compile_blocks
@@ -110,7 +112,7 @@ def bench_images(
 
 # %% ../../nbs/experiments/15_speed.ipynb #3eef6358
 def speed_table(
-    rows: Sequence[dict],  # from `bench_images`
+    rows: Sequence[dict],  # from bench_images
 ) -> str:
     """Images per second as Markdown: a line for each size and what is done, a column for each
     form."""

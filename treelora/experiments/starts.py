@@ -102,7 +102,9 @@ def first(self: Bench, task: str, adapter: torch.Tensor, n: int = 2) -> list[flo
 
 # %% ../../nbs/experiments/12_starts.ipynb #4d4967fa
 @patch
-def train(self: Bench, task: str, adapter: torch.Tensor, signature: object | None = None) -> dict:
+def train(
+    self: Bench, task: str, adapter: torch.Tensor, signature: object | None = None,
+) -> dict:
     "Train a task from an adapter: test losses before and after, and the loss of each step."
     self.live.write(adapter)
     nll, losses = {0: self.test_loss(task)}, []

@@ -169,7 +169,7 @@ def tuned_under(
     stream: str,
     folder: str,
     method: str,
-    changes: dict,  # what is set otherwise: of `run`, and of the method
+    changes: dict,  # what is set otherwise: of run, and of the method
 ) -> dict:  # learning rate and options
     "What was chosen for a method, less what some changes replace."
     replaced = set(changes) | ({"lam"} if changes.get("penalty", "l1") != "l1" else set())

@@ -11,10 +11,12 @@ import json, time
 from collections.abc import Mapping
 from pathlib import Path
 
+# %% ../../nbs/learning/22_floors.ipynb #469400a9
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+# %% ../../nbs/learning/22_floors.ipynb #a982a016
 from ..arguments import seed_of, whole
 from ..engine.checkpoint import weights_sha256
 from ..engine.features import FeatureStats
@@ -104,7 +106,7 @@ def few(
 
 # %% ../../nbs/learning/22_floors.ipynb #8669ebc7
 def labelled(
-    folder: str | Path,  # of images, in any layout that `image_stream` reads
+    folder: str | Path,  # of images, in any layout that image_stream reads
     pixels: int,
     most: tuple[int, int] = (100, 20),  # training and test images of each class
     seed: int = 0,

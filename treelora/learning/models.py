@@ -88,7 +88,7 @@ def read_weights(
 # %% ../../nbs/learning/06_models.ipynb #42d0d4a7
 def fill(
     model: VisionTransformer,
-    state: dict[str, torch.Tensor],  # from `read_weights`
+    state: dict[str, torch.Tensor],  # from read_weights
     path: str | Path,  # where it came from, for messages
 ) -> VisionTransformer:  # the same model
     """Put weights into a model; `ValueError` says what does not fit, and then nothing has been
@@ -171,7 +171,7 @@ def _check_pixels(name: str, pixels: int) -> None:
 
 # %% ../../nbs/learning/06_models.ipynb #cd942765
 def get_model(
-    name: str,  # one of `list_models()`
+    name: str,  # one of list_models()
     n_classes: int,  # outputs of the head; 0 for none
     pretrained: bool = True,  # start from the weights that belong to the name
     weights: str | Path | None = None,  # a safetensors file to start from instead

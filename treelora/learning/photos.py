@@ -15,6 +15,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+# %% ../../nbs/learning/19_photos.ipynb #49a082e8
 import numpy as np
 import psutil
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import save
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+# %% ../../nbs/learning/19_photos.ipynb #43306d9c
 from ..arguments import number, one_of, place, seed_of, shown, switch, whole
 from ..engine.files import replace_file
 from .images import BAD, READERS, Split
@@ -107,7 +109,7 @@ class Encoded:
         return torch.stack([self.one(i) for i in rows.tolist()])
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00025
-def decoded(photos: Encoded) -> torch.Tensor:  # (n, 3, side, side) uint8
+def decoded(photos: "Encoded") -> torch.Tensor:  # (n, 3, side, side) uint8
     """All of them, decoded by several threads, a pixel's colours side by side in memory;
     `ValueError` names one that cannot be read."""
     found = torch.empty(photos.shape, dtype=torch.uint8, memory_format=torch.channels_last)
@@ -570,12 +572,12 @@ def _about(sets: Sequence[Photos], wishes: Wishes) -> str:
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00106
 def photo_stream(
-    data: PhotoSet,  # one of `SETS`, or your own
-    scale: str = "small",  # images per class: `SCALES`
+    data: PhotoSet,  # one of SETS, or your own
+    scale: str = "small",  # images per class: SCALES
     seed: int = 0,  # of the classes' order, and of the images where not all are taken
     root: str | Path | None = None,  # data folder; then no other place is looked at
     argument: str = "",  # options as they stand after a stream's name
-    **options,  # those of `Wishes`
+    **options,  # those of Wishes
 ) -> PhotoStream:
     """A stream of photographs. Raises FileNotFoundError where there are none, ValueError for
     options that are unknown and images that cannot be read."""

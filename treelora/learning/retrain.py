@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# %% ../../nbs/learning/21_retrain.ipynb #62067689
 import numpy as np
 import torch
 from safetensors.torch import save
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+# %% ../../nbs/learning/21_retrain.ipynb #bccc5a27
 from ..arguments import number, seed_of, whole
 from ..engine.checkpoint import check_writable
 from ..engine.files import FORMAT, read_state, replace_file, sha256_of, write_state
@@ -121,7 +123,7 @@ def mixed_loss(
     logits: torch.Tensor,  # (B, classes)
     labels: torch.Tensor,
     others: torch.Tensor,
-    share: float,  # of `labels`
+    share: float,  # of labels
     smoothing: float = 0.0,
 ) -> torch.Tensor:
     "Cross-entropy with both labels."
@@ -153,7 +155,7 @@ def _groups(
     upper: list[tuple[str, nn.Parameter]],
     head: nn.Linear,
     recipe: Recipe,
-) -> list[dict]:  # for AdamW; `peak` is the highest rate
+) -> list[dict]:  # for AdamW; peak is the highest rate
     "Parameters with their rates and weight decay."
     def pair(params, peak):
         for decay, wanted in ((recipe.weight_decay, True), (0.0, False)):
@@ -369,7 +371,7 @@ def _report(run: Retraining, start: dict, sha256: str, upper: bool) -> dict:
 # %% ../../nbs/learning/21_retrain.ipynb #cd25985f
 def retrain(
     out: str | Path,  # the weights, a safetensors file; a JSON file is written beside it
-    root: str | Path,  # data folder, with the `pretrain` half of Tiny ImageNet
+    root: str | Path,  # data folder, with the pretrain half of Tiny ImageNet
     recipe: Recipe = Recipe(),
     weights: str | Path | None = None,  # a safetensors file to start from; None: the package's
     upper: bool = False,  # write the upper half only

@@ -12,10 +12,12 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
+# %% ../../nbs/learning/20_vit.ipynb #511ecfa2
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
+# %% ../../nbs/learning/20_vit.ipynb #b171470b
 from ..arguments import shown
 from ..engine.files import read_json, readable, sha256_of
 
@@ -125,7 +127,7 @@ def _position_table(arrays: dict[str, torch.Tensor]) -> torch.Tensor | None:
 
 # %% ../../nbs/learning/20_vit.ipynb #fba6fad7
 def to_timm(
-    arrays: dict[str, torch.Tensor],  # from `read_onnx`
+    arrays: dict[str, torch.Tensor],  # from read_onnx
     depth: int = 12,  # blocks
     what: str | Path = "The ONNX file",  # for the message
 ) -> dict[str, torch.Tensor]:  # by timm's names

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+# %% ../../nbs/paper/07_cards.ipynb #dbd03512
 from matplotlib.figure import Figure
 
+# %% ../../nbs/paper/07_cards.ipynb #a4cdb3a5
 from ..engine.files import replace_file
 from .figures import new_figure, style
 from .report import (CLAIMS, SOURCE, VERDICTS, Claim, Evidence, Finding, Missing,
