@@ -109,7 +109,7 @@ class Encoded:
         return torch.stack([self.one(i) for i in rows.tolist()])
 
 # %% ../../nbs/learning/19_photos.ipynb #19a00025
-def decoded(photos: "Encoded") -> torch.Tensor:  # (n, 3, side, side) uint8
+def decoded(photos: Encoded) -> torch.Tensor:  # (n, 3, side, side) uint8
     """All of them, decoded by several threads, a pixel's colours side by side in memory;
     `ValueError` names one that cannot be read."""
     found = torch.empty(photos.shape, dtype=torch.uint8, memory_format=torch.channels_last)
@@ -170,7 +170,7 @@ class Photos(ImageSet):
 
     def __init__(
         self,
-        kept: torch.Tensor | Encoded,  # (n, 3, side, side) bytes, or what gives them
+        kept: "torch.Tensor | Encoded",  # (n, 3, side, side) bytes, or what gives them
         sha256: Sequence[str],  # of each encoded image of the kept set
         rows: torch.Tensor,  # (m,) which of them
         labels: torch.Tensor,  # (m,) whole numbers
