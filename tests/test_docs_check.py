@@ -29,7 +29,7 @@ def site(tmp_path) -> Path:
           new_code_cell('#| fig-alt: "A line."\ndraw()', outputs=[picture]), new_markdown_cell("![a dot](dot.png \"a title\")\n\n```\n[no](link.ipynb)\n# no heading\n```\n\n`[no](link.ipynb)`"))
     write(source / "core" / "one.ipynb", new_markdown_cell("# One"), new_markdown_cell("## A part: of *it*\n\n<a href=\"../index.ipynb\">home</a>"), new_code_cell("#| export\ndef cut(x): return x"))
     (source / "dot.png").write_bytes(b"dot")
-    for name in ("styles.css", "theme.scss", "site.lua", "favicon.svg", "card.png", "vendor/katex/katex.min.js"):
+    for name in ("styles.css", "theme.scss", "site.lua", "favicon.svg", "card.png", "claims.json", "llms.txt", "vendor/katex/katex.min.js"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("")
     (source / "sidebar.yml").write_text("website:\n  sidebar:\n    contents:\n      - index.ipynb\n      - section: The method\n        contents:\n          - core/one.ipynb\n")

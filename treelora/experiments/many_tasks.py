@@ -41,7 +41,8 @@ def load_ways(
     "The results that are there, in the order of NAMES."
     folder = Path(results) / stream / "many"
     files = {way: sorted((folder / way).glob("*.json")) for way in NAMES}
-    read = {way: [json.loads(f.read_text()) for f in found] for way, found in files.items()}
+    loaded = lambda f: json.loads(f.read_text(encoding="utf-8"))
+    read = {way: [loaded(f) for f in found] for way, found in files.items()}
     return {way: {r["config"]["seed"]: r for r in rs} for way, rs in read.items() if rs}
 
 # %% ../../nbs/experiments/14_many_tasks.ipynb #a840187d
