@@ -22,6 +22,7 @@ def tiny_stream(scale, seed, root):
 register_stream("tiny-squares", ["quick"], tiny_stream)
 
 
+@pytest.mark.slow
 def test_runs_what_is_missing(tmp_path, capsys):
     ask = dict(stream="tiny-squares", methods=["seqlora"], seeds=[0], results=tmp_path, progress=False)
     paths = contend(**ask)

@@ -123,6 +123,7 @@ def test_bad_settings(options, words):
     with pytest.raises(ValueError, match=words): image_run(EWC, **options)
 
 
+@pytest.mark.slow
 def test_class_statistics_retrain_the_head_and_are_counted():
     plain, adaptive = (run("split-digits", cls, epochs=1, lr=0.002, progress=False) for cls in (EWC, EWCAdaptive))
     assert adaptive.op > plain.op + 0.1

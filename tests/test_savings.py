@@ -51,6 +51,7 @@ def test_times_are_measured_once(tmp_path, monkeypatch):
     assert rows[1]["op"] > 0.8 and rows[1]["train"] > 0 and len(rows[1]["steps"]) == 5
 
 
+@pytest.mark.slow
 def test_ablations_go_on(tmp_path, monkeypatch):
     monkeypatch.setitem(ABLATIONS, "parts", [Change("no penalty, no search", {"lam": 0.0, "epochs": 1}), Change("penalty, LCB search", {"epochs": 1})])
     path = ablate(["parts"], seeds=[0], results=tmp_path, progress=False)

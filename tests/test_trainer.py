@@ -276,6 +276,7 @@ def listening(tl):
     return any(loop.params is tl.params for loop in WATCH.loops)
 
 
+@pytest.mark.slow
 def test_resuming_something_else(interrupted):
     tl, folder = interrupted
     refuses(tl, TreeLoraCallback(tl, "three"), folder, "middle of task 'two', but this callback trains 'three'")

@@ -121,7 +121,7 @@ def _campaign(path: Path, top: dict, blocks: dict[str, list[dict]]) -> Campaign:
     "A campaign from what a file holds."
     _check_keys(top, TOP, str(path))
     _check_top(top, path)
-    common = {"root": top.get("root"), "seeds": top.get("seeds", [0, 1, 2])}
+    common = {"root": top.get("root"), "seeds": top.get("seeds", [0, 1, 2]), "streams": {}}
     runs = [p for i, block in enumerate(blocks["runs"], 1)
             for p in _planned(block, common, f"{path}, [[runs]] number {i}")]
     common["seeds"] = top.get("tuning_seeds", [100, 101, 102])
@@ -184,14 +184,16 @@ def _checked(block: dict, known: dict, common: dict, where: str) -> dict:
     block = {"folder": block["scale"]} | block
     _check_seeds(block["seeds"], f"{where}: seeds")
     if not block["value"] > 0: raise ValueError(f"{where}: value = {block['value']} must be positive.")
-    try: _check_runs(block, common["root"])
+    try: _check_runs(block, common)
     except ValueError as error: raise ValueError(f"{where}: {error}") from None
     return block
 
 # %% ../../nbs/experiments/09_plan.ipynb #279f1113
-def _check_runs(block: dict, root: str | None) -> None:
+def _check_runs(block: dict, common: dict) -> None:
     "Raise ValueError for a stream, a method or a size that does not exist or fit."
-    stream = get_stream(block["stream"], block["scale"], root=root)
+    which, made = (block["stream"], block["scale"]), common["streams"]
+    # a file names a stream many times, and making one takes a second
+    stream = made[which] = made.get(which) or get_stream(*which, root=common["root"])
     for method in block["methods"]: get_method(method, stream.kind)
     lr = block.get("lr")
     if isinstance(lr, str) and lr != "tuned":
