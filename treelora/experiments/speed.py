@@ -90,6 +90,13 @@ def _rates(calls: Sequence[Callable], batch: int, repeats: int) -> list[list[flo
             own.append(batch / (time.perf_counter() - start))
     return [own[2:] for own in found]  # the first two warm up
 
+# %% ../../nbs/experiments/15_speed.ipynb #9e1b5d22
+def _room(versions: int):
+    "A context in which so many compiled versions of a function may live side by side."
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch(**{name: versions})
+
 # %% ../../nbs/experiments/15_speed.ipynb #be9cba1d
 def bench_images(
     sizes: Sequence[int] = (70, 98, 112),  # pixels per side
@@ -105,7 +112,8 @@ def bench_images(
         models = {form: _adapted(pixels, form, **changes) for form in forms}
         cases = [Case(pixels, *rest) for rest in product(forms, (False, True), (True, False))]
         calls = [_call(models[case.form], case, batch) for case in cases]
-        for case, rates in zip(cases, _rates(calls, batch, repeats)):
+        with _room(64): measured = _rates(calls, batch, repeats)
+        for case, rates in zip(cases, measured):
             rows.append(asdict(case) | {"per_second": median(rates), "slowest": min(rates),
                                         "fastest": max(rates)})
     return rows
