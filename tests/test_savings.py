@@ -39,6 +39,7 @@ def test_every_saving_of_a_plan_is_known():
         assert {s for _, savings in plan for s in savings} <= set(SAVINGS[kind]) and set(RIVALS[kind]) <= set(plan)
 
 
+@pytest.mark.slow
 def test_times_are_measured_once(tmp_path, monkeypatch):
     ran, before = [], training_time.run
     monkeypatch.setattr(training_time, "run", lambda *args, **kwargs: (ran.append(kwargs), before(*args, **kwargs))[1])

@@ -135,6 +135,7 @@ def test_blind_prompts_name_no_language():
             assert example.prompt.count("\n") == 1 and example.prompt.endswith(" =")
 
 
+@pytest.mark.slow
 def test_a_blind_stream_is_fixed_by_its_seed_in_every_process_and_whatever_else_is_in_it():
     alone, among = (cldr_stream(codes, seed=3, blind=True)["pt"] for codes in (["pt"], ["es", "pt"]))
     assert alone.train.examples == among.train.examples and alone.test.examples == among.test.examples
