@@ -19,6 +19,7 @@ from .tuning import tuned_rate
 from .vision import check_data
 from ..paper.figures import load_results
 from ..learner import run
+from ..learning.result import native_bf16
 from ..methods import get_method
 from ..signature import SIGNATURES, get_signature
 from ..learning.text import FAMILIES
@@ -138,10 +139,8 @@ def fast_precision() -> str:
     if wish := os.environ.get("TREELORA_PRECISION"):
         if wish in ("no", "bf16", "fp16"): return wish
         raise ValueError(f"TREELORA_PRECISION={wish!r} is no precision; known are no, bf16 and fp16.")
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(encoding="utf-8") if info.exists() else ""
-    return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "no"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if native_bf16(device) else "no"
 
 # %% ../../nbs/experiments/02_language.ipynb #0387adc0
 def language_rate(

@@ -25,7 +25,7 @@ from .images import Split, _decoded, _numbered, _read, _rows, _stacked
 from .models import get_model, fill
 from .result import where
 from .vit import SHA256, package_state, patches_per_side, pooled
-from ..streams import ImageSet
+from ..streams import ImageSet, _per_class
 
 # %% ../../nbs/learning/22_floors.ipynb #33a45dec
 RIDGE = 0.05  # share of the mean variance that is added to each
@@ -98,11 +98,8 @@ def few(
     seed: int,
 ) -> Split:
     "Some images of each class, drawn by seed."
-    rng, labels, rows = np.random.default_rng(seed), np.asarray(split.labels), []
-    for name in sorted(set(split.labels)):
-        own = np.flatnonzero(labels == name)
-        rows += sorted(rng.permutation(own)[:most].tolist())
-    return _rows(split, rows)
+    classes = torch.from_numpy(np.unique(split.labels, return_inverse=True)[1])
+    return _rows(split, _per_class(classes, most, seed).tolist())
 
 # %% ../../nbs/learning/22_floors.ipynb #8669ebc7
 def labelled(

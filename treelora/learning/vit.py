@@ -14,6 +14,7 @@ from pathlib import Path
 
 # %% ../../nbs/learning/20_vit.ipynb #511ecfa2
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
@@ -37,7 +38,7 @@ def patches_per_side(
     return pixels // PATCH
 
 # %% ../../nbs/learning/20_vit.ipynb #60748e75
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images in [0, 1]
+MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # of colours in [0, 1]
 
 # %% ../../nbs/learning/20_vit.ipynb #24ff8b55
 class StandardPatches(PatchEmbed):
