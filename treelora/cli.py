@@ -395,7 +395,8 @@ def _add_ablate(commands) -> None:
     p.set_defaults(act=_ablate)
 
 # %% ../nbs/tutorials/08_command_line.ipynb #6dddcc55
-VIT_ONLY = ("epochs", "pixels", "mixup", "weights", "upper", "probe")  # for vit-small-14
+VIT_ONLY = ("epochs", "pixels", "mixup", "smallest", "weights", "upper",
+            "probe")  # for vit-small-14
 
 # %% ../nbs/tutorials/08_command_line.ipynb #dcd01c1c
 def _pretrain(args) -> None:
@@ -422,7 +423,7 @@ def _data_root(args) -> Path:
 # %% ../nbs/tutorials/08_command_line.ipynb #d9977a33
 def _retrain(args) -> None:
     from treelora.learning.retrain import Recipe, retrain
-    chosen = {k: getattr(args, k) for k in ("epochs", "pixels", "mixup")}
+    chosen = {k: getattr(args, k) for k in ("epochs", "pixels", "mixup", "smallest")}
     recipe = Recipe(seed=args.seed, **{k: v for k, v in chosen.items() if v is not None})
     args.resume = True  # it writes checkpoints, and goes on from the latest one
     report = retrain(args.out, _data_root(args), recipe, args.weights, args.upper)
@@ -452,6 +453,7 @@ def _add_vit(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--pixels", type=int,
                    help="side of the images, a multiple of 14; without it, 70")
     p.add_argument("--mixup", type=float, help="alpha of mixed images; without it, none are mixed")
+    p.add_argument("--smallest", type=int, help="every second batch is shrunk, to this side at most; without it, none is")
     p.add_argument("--weights", type=Path,
                    help="safetensors file to start from, or to measure with --probe")
     p.add_argument("--upper", action="store_true",

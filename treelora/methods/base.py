@@ -23,7 +23,8 @@ from ..arguments import one_of
 from ..engine.ahead import input_of, stack_of, take_activations
 from ..engine.features import FeatureStats
 from ..engine.routing import grouped
-from ..learning.decompose import Decomposition, masked_cross_entropy, masked_logits, retrain_head
+from ..learning.decompose import (DIRECTIONS, Decomposition, masked_cross_entropy,
+                                         masked_logits, retrain_head)
 from ..lora import adapters_off, add_lora, lora_layers
 from ..learning.models import features
 from ..signature import Layout, Rows
@@ -393,13 +394,15 @@ class Decomposed(Unadapted):
         *args,
         # examples of each class for what is kept of its features (drawn); None: all
         per_class: int | None = PER_CLASS,
+        directions: int = DIRECTIONS,  # of TaskIdentity
         **settings,  # of LoRAVision
     ):
         super().__init__(*args, **settings)
         self.options |= {"wtp": self.wtp, "tap": self.tap, "tii": self.tii}
         check_drawn("per_class", per_class)
         self.per_class, self.options = per_class, self.options | {"per_class": per_class}
-        self.parts = Decomposition(self.seed)
+        self.parts = Decomposition(self.seed, directions)
+        if self.tii: self.options |= {"directions": directions}
         self.bank: dict[int, torch.Tensor] = {}  # task -> (L, D) adapter, to choose among
 
     def loss(self, batch):
@@ -419,11 +422,7 @@ class Decomposed(Unadapted):
         for images, labels in batches:
             if self.tap:
                 self.parts.adapted.update(features(self.model, images), labels.tolist())
-            if self.tii: self._note_plain(images, labels)
-
-    def _note_plain(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        "Take in un-adapted features of the task that was just learned."
-        self.parts.identity.update(self._plain(images), labels, self.task)
+            if self.tii: self.parts.identity.update(self._plain(images), labels, self.task)
 
     def _drawn(self, batches) -> Iterable:
         "Some examples of each class of the task, in batches."
@@ -441,24 +440,29 @@ class AdapterMethod(Decomposed):
         "A stored adapter."
         return self.bank[task]
 
-    def _route(self, images: torch.Tensor) -> torch.Tensor:  # (n,)
-        "The task of each image, from its un-adapted features."
-        return self.parts.identity.identify(self._plain(images))
+    def _likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
+        "Log-probabilities of each image's task, from its un-adapted features."
+        return self.parts.identity.log_posterior(self._plain(images))
 
     @property
     def routes(self) -> bool: return self.tii
 
-    def route_of(self, inputs): return self._route(inputs) if self.tii else None
+    def route_of(self, inputs): return self._likely(inputs).argmax(1) if self.tii else None
 
     @torch.no_grad()
     def predict(self, inputs):
         if not self.tii: return super().predict(inputs)
-        return grouped(inputs, self._route(inputs), self.predict_as)
+        likely = self._likely(inputs)
+        logits = grouped(inputs, likely.argmax(1), self._logits_as)
+        return self.parts.identity.weigh(logits, likely).argmax(1)
 
     @torch.no_grad()
-    def predict_as(self, task: int, inputs: torch.Tensor) -> torch.Tensor:
-        "Answers under a task's adapter, out of all classes seen so far."
-        with self._using(self._adapter_of(task)): return super().predict(inputs)
+    def predict_as(self, task, inputs):
+        return masked_logits(self._logits_as(task, inputs), self.classes[task]).argmax(1)
+
+    def _logits_as(self, task: int, images: torch.Tensor) -> torch.Tensor:  # (n, C)
+        "What the head says under a task's adapter."
+        with self._using(self._adapter_of(task)): return self.model(images)
 
     def stored(self):
         moments = self.parts.stored_bytes

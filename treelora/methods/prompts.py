@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..engine.prefix import as_read, attention_layers, check_length, text_prefixed
-from ..learning.decompose import (Decomposition, masked_cross_entropy, masked_logits,
-                                         retrain_head)
+from ..learning.decompose import (DIRECTIONS, Decomposition, masked_cross_entropy,
+                                         masked_logits, retrain_head)
 from ..learning.language import IGNORED, answer_loss, answer_nll, generate
 from .base import (PER_CLASS, Adaptive, VisionMethod, check_drawn, classes_of,
                                    drawn, register, tensor_bytes)
@@ -482,6 +482,7 @@ class TaskPrefixes(VisionPrompts):
         reg: float = 0.1,  # weight of the contrastive term, HiDe-Prompt's code
         temperature: float = 0.8,  # of the contrastive term
         per_class: int | None = PER_CLASS,  # examples of each class for its moments; None: all
+        directions: int = DIRECTIONS,  # of TaskIdentity
     ):
         if not (reg >= 0 and temperature > 0):
             raise ValueError(f"The weight reg={reg} of the contrastive term must not be "
@@ -491,13 +492,18 @@ class TaskPrefixes(VisionPrompts):
         check_drawn("per_class", per_class)
         self.per_class = per_class
         self.options = {"layers": list(layers), "length": length, "lean": lean, "reg": reg,
-                        "temperature": temperature, "per_class": per_class}
+                        "temperature": temperature, "per_class": per_class,
+                        "directions": directions}
         self.attach(EnsemblePrefixes(layers,
                                      noise(len(classes), len(layers), 2, length,
                                            model.embed_dim, seed=seed), lean))
-        self.parts = Decomposition(seed)
+        self.parts = Decomposition(seed, directions)
 
-    def route_of(self, inputs): return self.parts.identity.identify(self.query(inputs))
+    def likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
+        "Log-probabilities of each image's task, from its un-adapted features."
+        return self.parts.identity.log_posterior(self.query(images))
+
+    def route_of(self, inputs): return self.likely(inputs).argmax(1)
 
     def under(
         self,
@@ -512,6 +518,16 @@ class TaskPrefixes(VisionPrompts):
 
     def logits(self, images, task=None):
         with self.under(images, task): return self.model(images)
+
+    @torch.no_grad()
+    def predict(self, inputs):
+        likely = self.likely(inputs)
+        tasks = likely.argmax(1).to(inputs.device)
+        with prefixed(self.model, self.prompts(tasks)): logits = self.model(inputs)
+        return self.parts.identity.weigh(logits, likely).argmax(1)
+
+    def predict_as(self, task, inputs):
+        return masked_logits(self.logits(inputs, task), self.classes[task]).argmax(1)
 
 # %% ../../nbs/methods/07_prompts.ipynb #6666509a
 @register

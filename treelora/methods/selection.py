@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..engine.features import FeatureStats, finite
-from ..learning.decompose import fit_head, masked_cross_entropy
+from ..learning.decompose import DIRECTIONS, fit_head, masked_cross_entropy
 from ..learning.models import features
 from ..learning.language import IGNORED, answer_nll, generate, prompt_features
 from ..lora import Pair, row_adapters
@@ -223,12 +223,13 @@ class HiDeLoRAPET(AdapterMethod):
         statistics: str = "centroids",  # or "covariance"
         centroids: int = 10,  # per class
         per_class: int | None = PER_CLASS,  # examples of a class for what is kept; None: all
+        directions: int = DIRECTIONS,  # of TaskIdentity
     ):
         if not (reg >= 0 and 0 <= momentum < 1):
             raise ValueError(f"reg={reg} must not be negative, and momentum={momentum} must "
                              "lie in [0, 1).")
         super().__init__(model, classes, seed, r=r, blocks=blocks, place=place,
-                         per_class=per_class)
+                         per_class=per_class, directions=directions)
         self.reg, self.momentum = reg, momentum
         self.known = ClassCentres(statistics, centroids, seed)
         self.options |= {"reg": reg, "momentum": momentum, "statistics": statistics,

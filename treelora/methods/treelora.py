@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ..algorithm import VARIANTS, TreeLoRA
+from ..learning.decompose import DIRECTIONS
 from .base import PER_CLASS, AdapterMethod, n_processes, register, tensor_bytes
 from ..learning.models import features
 from ..patch import patch
@@ -176,8 +177,9 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
     shared = ("head",)  # one head over all classes
 
     def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first",
-                 per_class=PER_CLASS, **changes):
-        super().__init__(model, classes, seed, r, blocks, place, per_class=per_class)
+                 per_class=PER_CLASS, directions=DIRECTIONS, **changes):
+        super().__init__(model, classes, seed, r, blocks, place, per_class=per_class,
+                         directions=directions)
         self.plant(changes)
 
     def reference_loss(self, batch):
@@ -231,19 +233,9 @@ def prototype_loss(
 class TreeLoRABranch(TreeLoRAIdentity):
     "This project's form: start from the branch, stay near it, route by plain features."
     name, paper = "treelora-branch", "this project"
-    stores = "adapters, signatures, tree, class moments, feature statistics"
     settings = VARIANTS["branch"] | {"depth": 5}
 
     @torch.no_grad()
     def probe(self, batch):
         images, labels = batch
         return prototype_loss(features(self.model, images), labels)
-
-    def end_task(self, batches):
-        for images, labels in self._drawn(batches):
-            self.tl.record_features(self._plain(images), labels)
-        super().end_task(batches)
-
-    def _note_plain(self, images, labels): pass  # the tree's statistics have them
-
-    def _route(self, images): return self.tl.route(self._plain(images))
