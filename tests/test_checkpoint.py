@@ -85,6 +85,7 @@ def tensors_in(method):
 @pytest.mark.parametrize("name", VISION)
 def test_resumed_vision_runs_are_the_same(name, at, tmp_path):
     if name == "joint" and at[0] == 0: pytest.skip("has one stage, whose last task is 1")
+    if name == "lda" and at[1] is not None: pytest.skip("takes no steps that could be cut off")
     with pytest.raises(CutOff): learn("vision", name, tmp_path, at)
     assert_same(learn("vision", name), learn("vision", name, tmp_path, resume=True))
 
