@@ -28,6 +28,7 @@ APART = {
     "WithDirections": {"before"}, "Measured": {"before", "importance"}, "SAPT": {"start"},  # of the running step or task
     "Blocks": {"earlier"},  # blocks of the bank once more, on the device, for the running task
     "FIX": {"cut"},  # a tokenizer
+    "VisionMethod": {"recall"},  # features of test batches, so that measuring is quicker; nothing of earlier tasks
     "Store": {"layout", "model"}, "Router": {"model", "_ready"}}  # and what it computes again from the statistics
 
 

@@ -134,6 +134,9 @@ def test_un_adapted_features_are_computed_once_a_test_set(monkeypatch):
     calls, real = [], method._plain
     monkeypatch.setattr(method, "_plain", lambda images: calls.append(len(images)) or real(images))
     _routing(loop)
+    assert calls == []  # they were seen after the last task
+    method.recall.known.clear()
+    _routing(loop)
     assert calls == [len(task.test) for task in stream]
 
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PER_CLASS', 'METHODS', 'Facts', 'Training', 'Stepping', 'Answering', 'Routing', 'tensor_bytes', 'Remembering',
-           'Continuing', 'n_processes', 'Sharing', 'Method', 'VisionMethod', 'LoRAVision', 'Unadapted', 'drawn',
-           'check_drawn', 'classes_of', 'Decomposed', 'AdapterMethod', 'Adaptive', 'register', 'list_methods',
+           'Continuing', 'n_processes', 'Sharing', 'Method', 'VisionMethod', 'LoRAVision', 'Unadapted', 'Recall',
+           'drawn', 'check_drawn', 'classes_of', 'Decomposed', 'AdapterMethod', 'Adaptive', 'register', 'list_methods',
            'get_method']
 
 # %% ../../nbs/methods/01_base.ipynb #c7d8a5ec
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Facts:
     trains = True  # whether there is anything to train
     collate: Callable | None = None  # makes a batch of examples; None: as the stream does it
     progress_name = "accuracy"  # what `progress` measures
-    fixed: tuple[str, ...] = ()  # attributes that a checkpoint leaves out; they never change
+    fixed: tuple[str, ...] = ("recall",)  # attributes that a checkpoint leaves out
 
 # %% ../../nbs/methods/01_base.ipynb #1565599f
 class Training(Facts):
@@ -331,6 +332,29 @@ class Unadapted(LoRAVision):
         tokens = input_of(first, lambda: self.model(batch[0]))
         return list(zip(tokens.cpu(), batch[1].cpu()))
 
+# %% ../../nbs/methods/01_base.ipynb #01b00002
+class Recall:
+    "What a frozen model gave for batches that it has seen."
+
+    def __init__(
+        self,
+        most: int = 200_000,  # images; beyond that everything is forgotten
+    ):
+        self.most, self.known, self.size = most, {}, 0
+
+    def __call__(
+        self,
+        images: torch.Tensor,  # (n, C, H, W)
+        compute: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:  # (n, ...)
+        "The same as `compute(images)`, which must be the same each time."
+        content = images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        key = (tuple(images.shape), images.dtype, blake2b(content, digest_size=16).digest())
+        if key in self.known: return self.known[key]
+        if self.size + len(images) > self.most: self.known, self.size = {}, 0
+        self.known[key], self.size = compute(images), self.size + len(images)
+        return self.known[key]
+
 # %% ../../nbs/methods/01_base.ipynb #3d649926
 def drawn(
     batches: Iterable,  # a loader over a data set; other batches are taken as they are
@@ -401,7 +425,7 @@ class Decomposed(Unadapted):
         self.options |= {"wtp": self.wtp, "tap": self.tap, "tii": self.tii}
         check_drawn("per_class", per_class)
         self.per_class, self.options = per_class, self.options | {"per_class": per_class}
-        self.parts = Decomposition(self.seed, directions)
+        self.parts, self.recall = Decomposition(self.seed, directions), Recall()
         if self.tii: self.options |= {"directions": directions}
         self.bank: dict[int, torch.Tensor] = {}  # task -> (L, D) adapter, to choose among
 
@@ -442,7 +466,7 @@ class AdapterMethod(Decomposed):
 
     def _likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
         "Log-probabilities of each image's task, from its un-adapted features."
-        return self.parts.identity.log_posterior(self._plain(images))
+        return self.parts.identity.log_posterior(self.recall(images, self._plain))
 
     @property
     def routes(self) -> bool: return self.tii

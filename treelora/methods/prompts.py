@@ -21,8 +21,8 @@ from ..engine.prefix import as_read, attention_layers, check_length, text_prefix
 from ..learning.decompose import (DIRECTIONS, Decomposition, masked_cross_entropy,
                                          masked_logits, retrain_head)
 from ..learning.language import IGNORED, answer_loss, answer_nll, generate
-from .base import (PER_CLASS, Adaptive, VisionMethod, check_drawn, classes_of,
-                                   drawn, register, tensor_bytes)
+from .base import (PER_CLASS, Adaptive, Recall, VisionMethod, check_drawn,
+                                   classes_of, drawn, register, tensor_bytes)
 from .language import LanguageMethod
 from ..learning.models import features
 from ..patch import patch
@@ -497,11 +497,11 @@ class TaskPrefixes(VisionPrompts):
         self.attach(EnsemblePrefixes(layers,
                                      noise(len(classes), len(layers), 2, length,
                                            model.embed_dim, seed=seed), lean))
-        self.parts = Decomposition(seed, directions)
+        self.parts, self.recall = Decomposition(seed, directions), Recall()
 
     def likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
         "Log-probabilities of each image's task, from its un-adapted features."
-        return self.parts.identity.log_posterior(self.query(images))
+        return self.parts.identity.log_posterior(self.recall(images, self.query))
 
     def route_of(self, inputs): return self.likely(inputs).argmax(1)
 

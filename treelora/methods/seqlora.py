@@ -13,8 +13,8 @@ from torch import nn
 
 from ..learning.decompose import TaskIdentity
 from ..learning.models import features
-from .base import (AdapterMethod, VisionMethod, check_drawn, classes_of, drawn,
-                                   register)
+from .base import (AdapterMethod, Recall, VisionMethod, check_drawn,
+                                   classes_of, drawn, register)
 
 # %% ../../nbs/methods/02_seqlora.ipynb #25ea0c51
 @register
@@ -50,6 +50,7 @@ class LDA(VisionMethod):
         check_drawn("per_class", per_class)
         model.requires_grad_(False)
         self.per_class, self.identity = per_class, TaskIdentity(directions)
+        self.recall = Recall()
         self.options = {"per_class": per_class, "directions": directions}
 
     @torch.no_grad()
@@ -60,7 +61,8 @@ class LDA(VisionMethod):
     @torch.no_grad()
     def predict(self, inputs):
         classes = torch.tensor(list(self.identity.stats.means))
-        likely = self.identity.log_densities(features(self.model, inputs))
+        seen = self.recall(inputs, lambda images: features(self.model, images))
+        likely = self.identity.log_densities(seen)
         return classes[likely.argmax(1)].to(inputs.device)
 
     def stored(self): return {"class moments": self.identity.stored_bytes}
