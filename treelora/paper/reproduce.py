@@ -201,17 +201,15 @@ def _recorded(results: str | Path) -> dict[str, dict]:
             found[path.relative_to(results).as_posix()] = made["packages"]
     return found
 
-# %% ../../nbs/paper/09_reproduce.ipynb #6554b6b0
+# %% ../../nbs/paper/09_reproduce.ipynb #77654496
 def versions_used(results: str | Path) -> Answer:
     "The versions that results were made with, beside those that are allowed."
     asked = dict(re.match(r"([\w.-]+)\s*\(?([^;)]*)", x).groups() for x in requires("treelora") or ())
     found, rows = _recorded(results), []
     for name in MAIN:
-        seen = {}
-        for packages in found.values():
-            if name in packages: seen[packages[name]] = seen.get(packages[name], 0) + 1
-        said = ", ".join(f"{v} ({n} files)" for v, n in sorted(seen.items()))
-        rows.append([name, said or "–", asked.get(name, "3.10 to 3.13" if name == "python" else "–")])
+        seen = {packages[name] for packages in found.values() if name in packages}
+        usual = "3.10 to 3.13" if name == "python" else "–"
+        rows.append([name, ", ".join(sorted(seen)) or "–", asked.get(name, usual)])
     return Answer("make drift", ["package", "in the results", "allowed"], rows,
                   sorted({f.partition("/")[0] for f in found}))
 

@@ -15,15 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #0f1193b2
+# %% ../../nbs/paper/08_side_by_side.ipynb #806c8b58
 def lines_of(
-    where: str,  # as "treelora.bandit:LCB.bounds", or a module
+    where: str,  # as "treelora.bandit:LCB.bounds"
     first: str = "",  # how the first line begins; empty: from the top
     last: str = "",  # how the last one begins; empty: one line, or all when first is empty, too
 ) -> str:
     "Lines of the package's source as it is now. Raises ValueError when one is not there."
-    text = inspect.getsource(pkgutil.resolve_name(where))
-    lines = textwrap.dedent(text).rstrip().splitlines()
+    thing = pkgutil.resolve_name(where)
+    if not (inspect.isroutine(thing) or inspect.isclass(thing)):  # a table, say: all around it
+        thing = pkgutil.resolve_name(where.partition(":")[0])
+    lines = textwrap.dedent(inspect.getsource(thing)).rstrip().splitlines()
     start = _line(lines, first, 0, where)
     end = _line(lines, last, start, where) if last else start if first else len(lines) - 1
     return textwrap.dedent("\n".join(lines[start:end + 1]))
@@ -79,8 +81,8 @@ def beside_paper(
     if tests is not None: check_test(test, tests)
     return Beside(where, lines_of(where, first, last), page, test)
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #0117e07a
-LOSSES = (0.3, 0.42, 0.8, 0.85)  # of the four tasks, always
+# %% ../../nbs/paper/08_side_by_side.ipynb #bccd6517
+LOSSES = (0.3, 0.55, 0.7, 0.85)  # of the four tasks, always
 WEIGHTS = (0.9, 0.5, -0.7, 0.2, -0.1, 0.05, 0.15, -0.2)  # an adapter, measured from its branch
 PULL = 0.25  # by how much the round pulls
 
@@ -108,8 +110,8 @@ def _four():
         tree.insert(k, [tensor([x]) for x in rows])
     return tree
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #b7b4c5e8
-def _play(rounds: int = 9) -> Played:
+# %% ../../nbs/paper/08_side_by_side.ipynb #28fa0f36
+def _play(rounds: int = 4) -> Played:
     "Play some rounds, and one more to be drawn."
     from torch import tensor
     from treelora.bandit import LCB
@@ -180,17 +182,17 @@ def _tree_part(played: Played) -> str:
         if len(node) == 1: drawn += _words(x[node], y[node] + 28, f"task {node[0]}")
     return drawn + _words(139, 30, "the tree, and each node's bound", font_weight="bold")
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #963b8091
+# %% ../../nbs/paper/08_side_by_side.ipynb #4ff6b18e
 def _bands_part(played: Played) -> str:
     "Mean and width of each task, as bars; that of the chosen one changes."
-    at, chosen = lambda value: 200 - 140 * value, played.path[-1][0]
+    at, chosen = lambda value: 195 - 135 * value, played.path[-1][0]
     drawn = _words(405, 30, "mean, and width below it", font_weight="bold")
     for k, ((mean, width), (mean2, width2)) in enumerate(zip(*played.bands)):
         x, moves = 330 + 50 * k, ("", "")
         if k == chosen: moves = (_moves("y", at(mean), at(mean2), 3),
-                                 _moves("height", 140 * width, 140 * width2, 3))
+                                 _moves("height", 135 * width, 135 * width2, 3))
         drawn += _tag("rect", "".join(moves), x=x - 14, y=f"{at(mean):.1f}", width=28,
-                      height=f"{140 * width:.1f}", fill="#7fb2d9")
+                      height=f"{135 * width:.1f}", fill="#7fb2d9")
         drawn += _tag("line", x1=x - 14, x2=x + 14, y1=f"{at(mean):.1f}", y2=f"{at(mean):.1f}",
                       stroke="#0072B2", stroke_width=3)
         drawn += _words(x, 222, f"task {k}")
@@ -198,7 +200,7 @@ def _bands_part(played: Played) -> str:
                 stroke=LIT, stroke_width=2)
     return drawn + _lit((2, 3), mark)
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #8c451fa0
+# %% ../../nbs/paper/08_side_by_side.ipynb #d4c9bbfc
 def _pull_part() -> str:
     "The adapter, measured from its branch: bars that shrink, and some to nothing."
     drawn = _words(640, 30, "adapter less branch", font_weight="bold")
@@ -220,8 +222,9 @@ def _steps_part() -> str:
     for s, name in enumerate(STEPS):
         x, y, text = 20 + 250 * (s % 3), 262 + 24 * (s // 3), f"{s + 1}. {name}"
         start = {"text_anchor": "start"}
+        arrow = _tag("path", d=f"M{x - 14} {y - 9}l8 4.5l-8 4.5z", fill=LIT)
         drawn += _words(x, y, text, **start)
-        drawn += _lit((s,), _words(x, y, text, LIT, font_weight="bold", **start))
+        drawn += _lit((s,), arrow + _words(x, y, text, LIT, **start))
     return drawn
 
 # %% ../../nbs/paper/08_side_by_side.ipynb #a2b2c696
