@@ -6,20 +6,20 @@
 __all__ = ['TESTS', 'LOSSES', 'WEIGHTS', 'PULL', 'STEPS', 'BEAT', 'INK', 'PALE', 'LIT', 'lines_of', 'check_test', 'Beside',
            'beside_paper', 'Played', 'Moving', 'one_round']
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #da8ff29a
+# %% ../../nbs/paper/08_side_by_side.ipynb #4ba1072f
 import ast
 import inspect
 import pkgutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #806c8b58
+# %% ../../nbs/paper/08_side_by_side.ipynb #402064ef
 def lines_of(
     where: str,  # as "treelora.bandit:LCB.bounds"
     first: str = "",  # how the first line begins; empty: from the top
-    last: str = "",  # how the last one begins; empty: one line, or all when first is empty, too
+    last: str = "",  # how the last one begins; empty: one line, or all if first is empty, too
 ) -> str:
     "Lines of the package's source as it is now. Raises ValueError when one is not there."
     thing = pkgutil.resolve_name(where)
@@ -38,7 +38,7 @@ def _line(lines: Sequence[str], beginning: str, since: int, where: str) -> int:
     raise ValueError(f"{where} has no line that begins with {beginning!r} any more; "
                      "say which lines do its work now.")
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #214a81e6
+# %% ../../nbs/paper/08_side_by_side.ipynb #0b657a9e
 def check_test(
     test: str,  # as "test_tree.py::test_leaves_end_for_a_reason"
     tests: str | Path,  # folder of the tests
@@ -46,7 +46,7 @@ def check_test(
     "Raise ValueError when there is no such test."
     file, _, name = test.partition("::")
     path = Path(tests) / file
-    made = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    made = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
     names = {n.name for n in ast.walk(made) if isinstance(n, ast.FunctionDef)}
     if name not in names: raise ValueError(f"There is no test {test}.")
 
@@ -67,7 +67,7 @@ class Beside:
         return (f"```python\n{self.code}\n```\n\n`{name}`, explained in {self.page}, "
                 f"checked by [{test}]({TESTS}/{file})")
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #5fc8f6a2
+# %% ../../nbs/paper/08_side_by_side.ipynb #80707b1a
 def beside_paper(
     where: str,  # as for lines_of
     first: str = "",
@@ -77,7 +77,7 @@ def beside_paper(
     test: str,  # as for check_test
     tests: str | Path | None = None,  # folder of the tests; None: not looked up
 ) -> Beside:
-    "Lines of code to show beside a line of the paper. Raises ValueError for what is not there."
+    "Lines of code to show beside a line of the paper. Raises ValueError for what is gone."
     if tests is not None: check_test(test, tests)
     return Beside(where, lines_of(where, first, last), page, test)
 
@@ -182,7 +182,7 @@ def _tree_part(played: Played) -> str:
         if len(node) == 1: drawn += _words(x[node], y[node] + 28, f"task {node[0]}")
     return drawn + _words(139, 30, "the tree, and each node's bound", font_weight="bold")
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #4ff6b18e
+# %% ../../nbs/paper/08_side_by_side.ipynb #4923f4b3
 def _bands_part(played: Played) -> str:
     "Mean and width of each task, as bars; that of the chosen one changes."
     at, chosen = lambda value: 195 - 135 * value, played.path[-1][0]
@@ -196,7 +196,7 @@ def _bands_part(played: Played) -> str:
         drawn += _tag("line", x1=x - 14, x2=x + 14, y1=f"{at(mean):.1f}", y2=f"{at(mean):.1f}",
                       stroke="#0072B2", stroke_width=3)
         drawn += _words(x, 222, f"task {k}")
-    mark = _tag("rect", x=330 + 50 * chosen - 20, y=45, width=40, height=185, rx=6, fill="none",
+    mark = _tag("rect", x=310 + 50 * chosen, y=45, width=40, height=185, rx=6, fill="none",
                 stroke=LIT, stroke_width=2)
     return drawn + _lit((2, 3), mark)
 
@@ -227,11 +227,11 @@ def _steps_part() -> str:
         drawn += _lit((s,), arrow + _words(x, y, text, LIT, **start))
     return drawn
 
-# %% ../../nbs/paper/08_side_by_side.ipynb #a2b2c696
+# %% ../../nbs/paper/08_side_by_side.ipynb #ab144ebe
 @dataclass(frozen=True)
 class Moving:
     "A moving picture that notebooks, the site and README show."
-    svg: str
+    svg: str = field(repr=False)
 
     def _repr_html_(self) -> str: return self.svg
 
