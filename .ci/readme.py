@@ -33,6 +33,10 @@ def output(data, number: int, alt: str, files: dict) -> str:
             raw = bundle[kind]
             files[name] = raw.encode() if suffix == "svg" else base64.b64decode(raw)
             return f"![{alt}]({name})"
+    if bundle.get("text/html", "").startswith("<svg"):
+        name = f"index_files/figure-commonmark/cell-{number}-output-1.svg"
+        files[name] = bundle["text/html"].encode()
+        return f"![{alt}]({name})"
     if "text/markdown" in bundle: return bundle["text/markdown"].strip()
     return "\n".join("    " + line for line in bundle.get("text/plain", "").splitlines())
 

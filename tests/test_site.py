@@ -3,6 +3,7 @@ import re
 import runpy
 from pathlib import Path
 
+import nbformat
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +44,44 @@ def test_katex_is_whole_and_of_the_site():
 def test_own_stylesheets_and_scripts_name_no_other_host():
     for name in ("styles.css", "theme.scss", "site.js"): assert not re.search(r"(@import|url\(|src=|fetch\()[^;]*//", (SOURCE / name).read_text()), name
     assert "$web-font-path: false" in (SOURCE / "theme.scss").read_text()
+
+
+# The search. Quarto cuts a page at its headings of the second level; Fuse.js looks for the words in a
+# page's title, the heading and the text, weighs these 2 : 2 : 1, and prefers what stands in short texts.
+
+def sections(page: Path) -> list[tuple[str, str, str, str]]:
+    "(page, title, heading, text) of each part of a page."
+    cells = nbformat.read(page, 4).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown" or not re.search(r"^#\|\s*(hide\b|export\b)", c.source, re.M))
+    title = re.search(r"^# (.+)$", text, re.M)[1]
+    parts = re.split(r"^## (.+)$", text, flags=re.M)
+    return [(page.relative_to(SOURCE).as_posix(), title, heading.replace("`", ""), body) for heading, body in zip(["", *parts[1::2]], parts[::2])]
+
+
+def found(query: str) -> list[tuple[str, str]]:
+    "(page, heading) of what a search shows, the best first."
+    def badness(section):
+        worst = 1.0
+        for text, weight in zip(section[1:], (0.4, 0.4, 0.2)):
+            if query.lower() in text.lower(): worst *= 0.001 ** (weight / len(text.split()) ** 0.5)
+        return worst
+    every = [s for page in sorted(SOURCE.rglob("*.ipynb")) if ".ipynb_checkpoints" not in page.parts for s in sections(page)]
+    return [(s[0], s[2]) for s in sorted(every, key=badness) if badness(s) < 1]
+
+
+def test_a_class_is_found_where_it_is_defined():
+    assert found("TreeLCB")[0] == ("engine/08_search_fast.ipynb", "TreeLCB, the class")
+    assert found("TaskTree")[0] == ("core/04_tree.ipynb", "TaskTree, method by method")
+
+
+def test_lambda_leads_to_the_penalty():
+    best = [page for page, _ in found("lambda")[:8]]
+    assert "core/06_pull.ipynb" in best[:2]
+    assert {"core/06_pull.ipynb", "engine/18_pulls.ipynb", "experiments/04_ablations.ipynb", "paper/08_side_by_side.ipynb"} <= set(best)
+
+
+def test_the_sidebar_is_collapsed_and_engineering_comes_last():
+    assert yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["collapse-level"] == 1
+    contents = yaml.safe_load((SOURCE / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    first = [part["contents"][0].partition("/")[0] for part in contents[1:]]
+    assert contents[0] == "index.ipynb" and first == ["core", "tutorials", "learning", "methods", "theory", "experiments", "paper", "engine"]
