@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PER_CLASS', 'METHODS', 'Facts', 'Training', 'Stepping', 'Answering', 'Routing', 'tensor_bytes', 'Remembering',
            'Continuing', 'n_processes', 'Sharing', 'Method', 'VisionMethod', 'LoRAVision', 'Unadapted', 'Recall',
-           'drawn', 'check_drawn', 'classes_of', 'Decomposed', 'AdapterMethod', 'Adaptive', 'register', 'list_methods',
-           'get_method']
+           'drawn', 'check_drawn', 'classes_of', 'Decomposed', 'Inferring', 'AdapterMethod', 'Adaptive', 'register',
+           'list_methods', 'get_method']
 
 # %% ../../nbs/methods/01_base.ipynb #c7d8a5ec
 from collections.abc import Callable, Iterable, Sequence
@@ -456,37 +456,51 @@ class Decomposed(Unadapted):
         "Store the adapter of the task that was just learned."
         self.bank[self.task] = self._adapter()
 
+# %% ../../nbs/methods/01_base.ipynb #01b00004
+class Inferring:
+    """The hooks of a method that infers tasks, has `parts` and `recall`, and defines
+    `plain_features` (n, F) and `logits_by` (n, C)."""
+    routes = True
+
+    def likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
+        "Log-probabilities of each image's task, from its un-adapted features."
+        return self.parts.identity.log_posterior(self.recall(images, self.plain_features))
+
+    def route_of(self, inputs): return self.likely(inputs).argmax(1)
+
+    @torch.no_grad()
+    def predict(self, inputs):
+        likely = self.likely(inputs)
+        logits = self.logits_by(likely.argmax(1), inputs)
+        return self.parts.identity.weigh(logits, likely).argmax(1)
+
+    @torch.no_grad()
+    def predict_as(self, task, inputs):
+        logits = self.logits_by(torch.full((len(inputs),), task), inputs)
+        return masked_logits(logits, self.classes[task]).argmax(1)
+
 # %% ../../nbs/methods/01_base.ipynb #6dd771aa
-class AdapterMethod(Decomposed):
+class AdapterMethod(Inferring, Decomposed):
     "LoRA on K and V of some blocks, one head, and HiDe's decomposition by switches."
 
     def _adapter_of(self, task: int) -> torch.Tensor:  # (L, D)
         "A stored adapter."
         return self.bank[task]
 
-    def _likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
-        "Log-probabilities of each image's task, from its un-adapted features."
-        return self.parts.identity.log_posterior(self.recall(images, self._plain))
-
     @property
     def routes(self) -> bool: return self.tii
 
-    def route_of(self, inputs): return self._likely(inputs).argmax(1) if self.tii else None
+    def plain_features(self, images): return self._plain(images)
 
-    @torch.no_grad()
+    def route_of(self, inputs): return super().route_of(inputs) if self.tii else None
+
     def predict(self, inputs):
-        if not self.tii: return super().predict(inputs)
-        likely = self._likely(inputs)
-        logits = grouped(inputs, likely.argmax(1), self._logits_as)
-        return self.parts.identity.weigh(logits, likely).argmax(1)
+        return super().predict(inputs) if self.tii else Decomposed.predict(self, inputs)
 
-    @torch.no_grad()
-    def predict_as(self, task, inputs):
-        return masked_logits(self._logits_as(task, inputs), self.classes[task]).argmax(1)
-
-    def _logits_as(self, task: int, images: torch.Tensor) -> torch.Tensor:  # (n, C)
-        "What the head says under a task's adapter."
-        with self._using(self._adapter_of(task)): return self.model(images)
+    def logits_by(self, tasks, images):
+        def under(task, some):
+            with self._using(self._adapter_of(task)): return self.model(some)
+        return grouped(images, tasks, under)
 
     def stored(self):
         moments = self.parts.stored_bytes

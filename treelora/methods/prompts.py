@@ -21,7 +21,7 @@ from ..engine.prefix import as_read, attention_layers, check_length, text_prefix
 from ..learning.decompose import (DIRECTIONS, Decomposition, masked_cross_entropy,
                                          masked_logits, retrain_head)
 from ..learning.language import IGNORED, answer_loss, answer_nll, generate
-from .base import (PER_CLASS, Adaptive, Recall, VisionMethod, check_drawn,
+from .base import (PER_CLASS, Adaptive, Inferring, Recall, VisionMethod, check_drawn,
                                    classes_of, drawn, register, tensor_bytes)
 from .language import LanguageMethod
 from ..learning.models import features
@@ -466,10 +466,9 @@ class EnsemblePrefixes(Prefixes):
         return torch.cat([self.table[:1], mixed])[which]
 
 # %% ../../nbs/methods/07_prompts.ipynb #febaf7e1
-class TaskPrefixes(VisionPrompts):
+class TaskPrefixes(Inferring, VisionPrompts):
     """A set of prefixes for each task; an input gets those of the task that its un-adapted
     features point to."""
-    routes = True
 
     def __init__(
         self,
@@ -499,35 +498,19 @@ class TaskPrefixes(VisionPrompts):
                                            model.embed_dim, seed=seed), lean))
         self.parts, self.recall = Decomposition(seed, directions), Recall()
 
-    def likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
-        "Log-probabilities of each image's task, from its un-adapted features."
-        return self.parts.identity.log_posterior(self.recall(images, self.query))
+    def plain_features(self, images): return self.query(images)
 
-    def route_of(self, inputs): return self.likely(inputs).argmax(1)
-
-    def under(
-        self,
-        images: torch.Tensor,
-        task: int | None = None,  # None: each image's own
-    ) -> AbstractContextManager:
-        """The model with the prompts of a task, or of the one that each image's un-adapted
-        features point to."""
-        if task is None: tasks = self.route_of(images)
-        else: tasks = torch.full((len(images),), task)
-        return prefixed(self.model, self.prompts(tasks.to(images.device)))
+    def under(self, images: torch.Tensor, task: int) -> AbstractContextManager:
+        "The model with the prompts of a task, for all images."
+        tasks = torch.full((len(images),), task, device=images.device)
+        return prefixed(self.model, self.prompts(tasks))
 
     def logits(self, images, task=None):
+        if task is None: return self.logits_by(self.route_of(images), images)
         with self.under(images, task): return self.model(images)
 
-    @torch.no_grad()
-    def predict(self, inputs):
-        likely = self.likely(inputs)
-        tasks = likely.argmax(1).to(inputs.device)
-        with prefixed(self.model, self.prompts(tasks)): logits = self.model(inputs)
-        return self.parts.identity.weigh(logits, likely).argmax(1)
-
-    def predict_as(self, task, inputs):
-        return masked_logits(self.logits(inputs, task), self.classes[task]).argmax(1)
+    def logits_by(self, tasks, images):
+        with prefixed(self.model, self.prompts(tasks.to(images.device))): return self.model(images)
 
 # %% ../../nbs/methods/07_prompts.ipynb #6666509a
 @register
