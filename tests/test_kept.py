@@ -203,3 +203,15 @@ def test_a_run_that_goes_on_counts_the_ends(tmp_path):
     first = run(tiny_stream(), "hidelora", **settings)
     again = run(tiny_stream(), "hidelora", **settings | {"model": tiny_vit()}, resume=True)
     assert again.seconds_by_phase["end_per_task"] == first.seconds_by_phase["end_per_task"] and again.seconds == first.seconds
+
+
+@pytest.mark.parametrize("name", ["lda", "hidelora", "hideprompt", "hidelora-pet", "seqlora-tap", "inflora-ca"])
+def test_features_at_a_tasks_end_are_of_the_runs_precision(name, monkeypatch):
+    seen, real = [], torch.nn.functional.linear
+    class Watched(get_method(name, "vision")):
+        def end_task(self, batches):
+            with monkeypatch.context() as m:
+                m.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(torch.is_autocast_enabled("cpu")) or real(x, *rest))
+                super().end_task(batches)
+    run(tiny_stream(), Watched, model=tiny_vit(), epochs=1, batch_size=8, lr=0.01, progress=False, precision="bf16")
+    assert any(seen) and (name == "lda" or not all(seen))  # the head is trained in full precision

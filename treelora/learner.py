@@ -155,6 +155,7 @@ class Loop(Steps):
         self.curves, self.per_task, self.ends, self.steps = [], [], [], []
         self.samples, self.done = 0, 0  # examples that were trained on; stages that are over
         method.model = processes.model(method.model)
+        method.cast = self.accelerator.autocast
 
     @property
     def device(self) -> torch.device: return self.accelerator.device

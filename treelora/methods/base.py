@@ -11,7 +11,7 @@ __all__ = ['PER_CLASS', 'METHODS', 'Facts', 'Training', 'Stepping', 'Answering',
 # %% ../../nbs/methods/01_base.ipynb #c7d8a5ec
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -42,7 +42,8 @@ class Facts:
     trains = True  # whether there is anything to train
     collate: Callable | None = None  # makes a batch of examples; None: as the stream does it
     progress_name = "accuracy"  # what `progress` measures
-    fixed: tuple[str, ...] = ("recall",)  # attributes that a checkpoint leaves out
+    fixed: tuple[str, ...] = ("recall", "cast")  # attributes that a checkpoint leaves out
+    cast: Callable = nullcontext  # the precision of features at a task's end; a run sets it
 
 # %% ../../nbs/methods/01_base.ipynb #1565599f
 class Training(Facts):
@@ -320,7 +321,7 @@ class Unadapted(LoRAVision):
     @torch.no_grad()
     def _plain(self, images: torch.Tensor) -> torch.Tensor:
         "Un-adapted features."
-        with adapters_off(self.model): return features(self.model, images)
+        with adapters_off(self.model), self.cast(): return features(self.model, images)
 
     def plain(self, batch): return self._plain(batch[0])
 
@@ -445,7 +446,8 @@ class Decomposed(Unadapted):
         "Features of the task that was just learned: with its adapter, without, or both."
         for images, labels in batches:
             if self.tap:
-                self.parts.adapted.update(features(self.model, images), labels.tolist())
+                with self.cast(): adapted = features(self.model, images)
+                self.parts.adapted.update(adapted, labels.tolist())
             if self.tii: self.parts.identity.update(self._plain(images), labels, self.task)
 
     def _drawn(self, batches) -> Iterable:
@@ -533,7 +535,7 @@ class Adaptive:
         super().end_task(batches)
         seed = self.seed * 1000 + self.task
         for images, labels in drawn(batches, self.per_class, seed, classes_of):
-            with torch.no_grad(): seen = self.adapted(images)
+            with torch.no_grad(), self.cast(): seen = self.adapted(images)
             self.moments.update(seen, labels.tolist())
         retrain_head(self.model.head, self.moments, seed=self.seed + self.task)
 

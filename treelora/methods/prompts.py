@@ -186,7 +186,7 @@ class VisionPrompts(VisionMethod):
     @torch.no_grad()
     def query(self, images: torch.Tensor) -> torch.Tensor:  # (n, F)
         "Un-adapted features."
-        return features(self.model, images)
+        with self.cast(): return features(self.model, images)
 
     def logits(
         self,
@@ -542,7 +542,7 @@ class HiDePrompt(TaskPrefixes):
     def end_task(self, batches):
         seed = self.seed * 1000 + self.task
         for images, labels in drawn(batches, self.per_class, seed, classes_of):
-            with torch.no_grad(), self.under(images, self.task):
+            with torch.no_grad(), self.cast(), self.under(images, self.task):
                 adapted = features(self.model, images)
             self.parts.observe(self.task, self.query(images), adapted, labels)
         retrain_head(self.model.head, self.parts.adapted, seed=self.seed + self.task)

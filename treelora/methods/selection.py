@@ -273,7 +273,7 @@ def _observe(self: HiDeLoRAPET, batches) -> None:
     seen = []
     for images, labels in batches:
         self.parts.identity.update(self._plain(images), labels, self.task)
-        seen.append((features(self.model, images), labels))
+        with self.cast(): seen.append((features(self.model, images), labels))
     x, y = (torch.cat(part) for part in zip(*seen))
     for label in y.unique().tolist(): self.known.take(x[y == label], label)
 

@@ -56,7 +56,8 @@ class LDA(VisionMethod):
     @torch.no_grad()
     def end_task(self, batches):
         for images, labels in drawn(batches, self.per_class, self.seed * 1000 + self.task, classes_of):
-            self.identity.update(features(self.model, images), labels, self.task)
+            with self.cast(): seen = features(self.model, images)
+            self.identity.update(seen, labels, self.task)
 
     @torch.no_grad()
     def predict(self, inputs):
