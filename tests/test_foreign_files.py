@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_hub import base, learned, with_ours, with_peft
 from torch import nn
+from transformers import GPT2Config
 
 from treelora import streams
 from treelora.algorithm import TreeLoRA
