@@ -41,7 +41,7 @@ def folder(request, letters, tmp_path_factory):
 def test_each_architecture_learns_two_tasks(folder, method):
     result = run(tiny_stream(2, 8), method, model=str(folder), epochs=1, batch_size=4, lr=0.01, progress=False)
     assert result.R.shape == (2, 2) and np.isfinite(result.R[np.tril_indices(2)]).all()
-    assert result.config["options"]["target"] == (["c_attn"] if folder.name == "gpt2" else ["q_proj", "v_proj"])
+    assert result.config["method_config"]["target"] == (["c_attn"] if folder.name == "gpt2" else ["q_proj", "v_proj"])
 
 
 def test_each_architecture_has_the_loss_of_transformers_from_the_answers_columns(folder):
