@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_language import tiny_stream
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from treelora.learner import run
 from treelora.learning import language
@@ -20,7 +20,7 @@ TOKENS = dict(pad_token_id=0, eos_token_id=0, bos_token_id=None)
 KINDS = {
     "llama": lambda n: LlamaConfig(vocab_size=n, **SIZES, **TOKENS),
     "gemma3": lambda n: Gemma3TextConfig(vocab_size=n, **SIZES, **TOKENS, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
-    "qwen2": lambda n: Qwen2Config(vocab_size=n, **SIZES, **TOKENS),
+    "qwen3": lambda n: Qwen3Config(vocab_size=n, **SIZES, **TOKENS, head_dim=8),
     "gpt2": lambda n: GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=4, n_positions=512, **TOKENS),
     "mistral": lambda n: MistralConfig(vocab_size=n, **SIZES, **TOKENS, sliding_window=16),
 }
@@ -92,6 +92,13 @@ def test_a_model_that_is_larger_than_the_memory(folder, monkeypatch):
     for kind in ("virtual_memory", "swap_memory"): monkeypatch.setattr(language.psutil, kind, free(20_000))
     monkeypatch.setattr(language.AutoModelForCausalLM, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=rf"weights of '.*{folder.name}' take [\d.e-]+ GB, but only 2e-05 GB of memory are free"): load_language_model(folder)
+
+
+def test_a_tokenizer_with_a_token_too_many(tiny_language, tmp_path):
+    model, tokenizer = tiny_language()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ends or pads texts with token 97, but the model knows tokens 0 to 96 only"): load_language_model(tmp_path)
 
 
 def test_the_size_of_a_model_is_that_of_its_numbers(folder):
