@@ -113,7 +113,7 @@ def test_the_size_of_a_model_is_that_of_its_numbers(folder):
 def packages(tmp_path, monkeypatch):
     "Four packages with a part each, of a file that is known."
     files = {}
-    for i, package in enumerate(language.GEMMA3_PARTS):
+    for i, package in enumerate(f"gemma3-270m-made-up-part{i}" for i in (1, 2, 3, 4)):  # the real ones may be installed
         data = tmp_path / "site" / package.replace("-", "_") / "data"
         data.mkdir(parents=True)
         (data.parent / "__init__.py").touch()
