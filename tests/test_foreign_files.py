@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_hub import base, learned, with_ours, with_peft
 from torch import nn
+from transformers import GPT2Config
 
 from treelora import streams
 from treelora.algorithm import TreeLoRA
@@ -452,6 +453,7 @@ def test_no_code_of_others_is_run(monkeypatch):
     for kind in ("AutoTokenizer", "AutoModelForCausalLM"): monkeypatch.setattr(f"treelora.learning.language.{kind}.from_pretrained", refuse)
     with pytest.raises(FileNotFoundError): language.load_language_model("some/model")
     monkeypatch.setattr("treelora.learning.language.AutoTokenizer.from_pretrained", lambda name, **how: asked.append(how))
+    monkeypatch.setattr("treelora.learning.language.AutoConfig.from_pretrained", lambda name, **how: asked.append(how) or GPT2Config(n_layer=1))
     with pytest.raises(FileNotFoundError): language.load_language_model("some/model")
     assert all(how["trust_remote_code"] is False for how in asked) and asked[-1]["use_safetensors"] is True
 

@@ -9,6 +9,7 @@ __all__ = ['SHARE', 'stack_of', 'input_of', 'take_activations', 'activations', '
 import re, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from types import MethodType
 
@@ -76,10 +77,23 @@ def _decode(decoder: nn.Module, *args, stack: str, start: int, **kwargs):
 @contextmanager
 def _shortened(owner: nn.Module, stack: str, start: int) -> Iterator[None]:
     "A module without the first blocks of its stack, for as long as the context lasts."
-    whole = getattr(owner, stack)
+    whole, config = getattr(owner, stack), owner.config
     setattr(owner, stack, whole[start:])
+    owner.config = _config_from(config, start)
     try: yield
-    finally: setattr(owner, stack, whole)
+    finally:
+        setattr(owner, stack, whole)
+        owner.config = config
+
+
+def _config_from(config, start: int):
+    """A configuration that begins at a block: Gemma and Qwen look a block's kind of attention up
+    by its number."""
+    if getattr(config, "layer_types", None) is None: return config
+    rest = copy(config)
+    # by vars(), unchecked: it is shorter than the number of layers
+    vars(rest)["layer_types"] = config.layer_types[start:]
+    return rest
 
 
 def _check_calm(model: nn.Module, stack: str, start: int) -> None:

@@ -19,7 +19,7 @@ from ..engine.ahead import input_of, stack_of, take_activations
 from ..algorithm import VARIANTS
 from ..engine.checkpoint import write_peft
 from ..engine.files import shortened
-from ..learning.language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, generate, prompt_features
+from ..learning.language import IGNORED, Collator, add_adapters, answer_loss, answer_nll, fitting_target, generate, prompt_features
 from ..lora import lora_layers
 from .base import Method, check_drawn, drawn, register, tensor_bytes
 from .treelora import WithTree
@@ -101,12 +101,13 @@ class AdaptedText(LanguageMethod):
         max_answer: int = 512,
     ):
         made = isinstance(model, PeftModel)
+        target = list(target) if made else fitting_target(model, target)
         own = (r, alpha, dropout, target, seed, layers)
         adapted = model if made else add_adapters(model, *own)
         super().__init__(adapted, tokenizer, n_tasks, seed, max_prompt, max_answer)
         self.layout = Layout(lora_layers(adapted))
         self.initial = self._adapter()
-        self.options |= {"r": r, "alpha": alpha, "dropout": dropout, "target": list(target),
+        self.options |= {"r": r, "alpha": alpha, "dropout": dropout, "target": target,
                          "layers": layers}
 
     def _adapter(self) -> torch.Tensor:  # (L, D), on the host
