@@ -41,7 +41,8 @@ def test_every_method_runs_and_repeats(name):
     assert np.array_equal(a.R, b.R, equal_nan=True)
     assert np.isnan(a.R[0, 1]) and not np.isnan(a.R[1]).any() and ((0 <= a.R[1]) & (a.R[1] <= 1)).all()
     stages = 1 if name == "joint" else 2
-    assert len(a.curves) == stages and len(a.seconds_by_phase["per_task"]) == stages and b.curves == []
+    assert len(a.curves) == (0 if name == "lda" else stages) and b.curves == []  # it takes no steps that could be measured
+    assert len(a.seconds_by_phase["per_task"]) == stages
     assert (len(a.trees) == 2) == name.startswith("treelora")
     assert a.memory["peak_bytes"] > 0 and (a.memory["stored_bytes"] > 0) == (name not in ("seqlora", "seqlora-wtp", "joint"))
 

@@ -154,8 +154,7 @@ class Loop(Steps):
         # of the stages that are over; `per_task` and `ends` are seconds
         self.curves, self.per_task, self.ends, self.steps = [], [], [], []
         self.samples, self.done = 0, 0  # examples that were trained on; stages that are over
-        method.model = processes.model(method.model)
-        method.cast = self.accelerator.autocast
+        method.model, method.cast = processes.model(method.model), self.accelerator.autocast
 
     @property
     def device(self) -> torch.device: return self.accelerator.device

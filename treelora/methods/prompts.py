@@ -510,7 +510,8 @@ class TaskPrefixes(Inferring, VisionPrompts):
         with self.under(images, task): return self.model(images)
 
     def logits_by(self, tasks, images):
-        with prefixed(self.model, self.prompts(tasks.to(images.device))): return self.model(images)
+        prompts = self.prompts(tasks.to(images.device))
+        with prefixed(self.model, prompts): return self.model(images)
 
 # %% ../../nbs/methods/07_prompts.ipynb #6666509a
 @register

@@ -55,7 +55,8 @@ class LDA(VisionMethod):
 
     @torch.no_grad()
     def end_task(self, batches):
-        for images, labels in drawn(batches, self.per_class, self.seed * 1000 + self.task, classes_of):
+        seed = self.seed * 1000 + self.task
+        for images, labels in drawn(batches, self.per_class, seed, classes_of):
             with self.cast(): seen = features(self.model, images)
             self.identity.update(seen, labels, self.task)
 

@@ -25,7 +25,7 @@ class TrainsWithTree:
     "The hooks that train with a `TreeLoRA`, for any method of vision or language."
     settings: dict = {}  # of `TreeLoRA`
     shared: tuple[str, ...] = ()  # what trains beside the adapter and belongs to all tasks
-    fixed = ("recall", "cast", "open")  # the context of the running task; `restore` opens it again
+    fixed = ("recall", "cast", "open")  # the running task's context: `restore` opens it again
 
     def plant(self, changes: dict) -> None:
         "Make the `TreeLoRA`, with the class's settings and a run's changes."
