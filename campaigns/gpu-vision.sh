@@ -19,7 +19,7 @@ mkdir -p "$OUT/results/pretrain" "$OUT/results/split-cifar100/small"
 cp "$HERE/results/split-cifar100/small/tuning.json" "$OUT/results/split-cifar100/small/"
 cd "$OUT"
 [ -f vit-small-14.safetensors ] || treelora pretrain --model vit-small-14 --root "$DATA" --out vit-small-14.safetensors \
-    --epochs $EPOCHS --pixels $PIXELS --mixup 0.2 --smallest 32
+    --epochs $EPOCHS --pixels $PIXELS --mixup 0.2 --smallest 32 --average 0.5
 hours() { awk -v s=$((END - SECONDS)) 'BEGIN { print (s > 36 ? s : 36) / 3600 }'; }
 treelora campaign "$CAMPAIGN" --root "$DATA" --results "$OUT/results" --hours "$(hours)"
 [ -f results/pretrain/vit-small-14.json ] || treelora pretrain --model vit-small-14 --root "$DATA" \

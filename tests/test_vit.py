@@ -1,5 +1,6 @@
 "The ViT-S/14: from an ONNX file to timm, at every size of images, its upper half trained again, and what frozen features tell."
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -269,6 +270,16 @@ def test_a_retrained_file_can_be_trained_on(small, data, tmp_path):
     retrain(first, data, recipe, upper=True, progress=False)
     said = retrain(second, data, recipe, first, progress=False)
     assert said["start"]["file"] == "a.safetensors" and models.read_weights(second).keys() == small.keys() and vit.is_upper(models.read_weights(first))
+
+
+def test_written_weights_lie_between_start_and_end(small, data, tmp_path):
+    recipe, ends = Recipe(epochs=1, pixels=28, start=2, batch_size=4, lr=1e-2), {}
+    for share in (0.0, 0.25):
+        retrain(tmp_path / f"{share}.safetensors", data, replace(recipe, average=share), upper=True, progress=False)
+        ends[share] = models.read_weights(tmp_path / f"{share}.safetensors")
+    for name, p in ends[0.0].items():
+        assert torch.allclose(ends[0.25][name].float(), 0.75 * p.float() + 0.25 * small[name].float(), atol=2e-3)
+    assert any(not torch.allclose(ends[0.0][name].float(), small[name].float(), atol=2e-3) for name in ends[0.0])
 
 
 def test_streams_run_on_it(small, tmp_path):
