@@ -273,7 +273,7 @@ def test_a_retrained_file_can_be_trained_on(small, data, tmp_path):
 
 
 def test_written_weights_lie_between_start_and_end(small, data, tmp_path):
-    recipe, ends = Recipe(epochs=1, pixels=28, start=2, batch_size=4, lr=1e-2), {}
+    recipe, ends = Recipe(epochs=1, pixels=28, start=2, batch_size=4, lr=1e-2, warm_up=1), {}
     for share in (0.0, 0.25):
         retrain(tmp_path / f"{share}.safetensors", data, replace(recipe, average=share), upper=True, progress=False)
         ends[share] = models.read_weights(tmp_path / f"{share}.safetensors")
