@@ -453,8 +453,8 @@ def _add_vit(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--pixels", type=int,
                    help="side of the images, a multiple of 14; without it, 70")
     p.add_argument("--mixup", type=float, help="alpha of mixed images; without it, none are mixed")
-    p.add_argument("--average", type=float, help="share of the first weights in what is written; without it, none")
-    p.add_argument("--smallest", type=int, help="every second batch is shrunk, to this side at most; without it, none is")
+    p.add_argument("--average", type=float, help="share of the first weights that stays, such as 0.5")
+    p.add_argument("--smallest", type=int, help="shrink every second batch, to this side at most")
     p.add_argument("--weights", type=Path,
                    help="safetensors file to start from, or to measure with --probe")
     p.add_argument("--upper", action="store_true",
