@@ -15,8 +15,7 @@ if [ -n "${TINY:-}" ]; then
     EPOCHS=1 PIXELS=28
     sed -i -e 's/pixels=112,train_per_class=160/pixels=28,train_per_class=4,test_per_class=2/' -e 's/^epochs = 20/epochs = 1/' "$CAMPAIGN"
 fi
-mkdir -p "$OUT/results/pretrain" "$OUT/results/split-cifar100/small"
-cp "$HERE/results/split-cifar100/small/tuning.json" "$OUT/results/split-cifar100/small/"
+mkdir -p "$OUT/results/pretrain"
 cd "$OUT"
 [ -f vit-small-14.safetensors ] || treelora pretrain --model vit-small-14 --root "$DATA" --out vit-small-14.safetensors \
     --epochs $EPOCHS --pixels $PIXELS --mixup 0.2 --smallest 32 --average 0.5

@@ -91,9 +91,10 @@ def log_densities(
     features: torch.Tensor,  # (n, F)
 ) -> torch.Tensor:  # (n, classes), in the order of stats.means, but for a constant
     "How likely the features are in each class. Raises ValueError for NaN or infinite ones."
-    W, x = self.stats.whitener(), finite(features)
-    return torch.stack([self._log_density(label, (x - mean) @ W.T, W)
-                        for label, mean in self.stats.means.items()], dim=1)
+    W = self.stats.whitener()
+    x, means = finite(features) @ W.T, torch.stack(list(self.stats.means.values())) @ W.T
+    return torch.stack([self._log_density(label, x - mean, W)
+                        for label, mean in zip(self.stats.means, means)], dim=1)
 
 
 @patch
