@@ -128,6 +128,7 @@ def test_tunes_runs_and_leaves_what_is_there(campaign_of):
     assert {0.01, 0.02} < tried and all({r["seed"] for r in tuning["rows"]["seqlora"] if r["settings"]["lr"] == lr} == {100, 101} for lr in tried)
     mean = lambda lr: sum(r["op"] for r in tuning["rows"]["seqlora"] if r["settings"]["lr"] == lr)
     assert mean(tuning["lr"]["seqlora"]) == max(map(mean, tried))
+    assert all(r["bwt"] is None for r in tuning["rows"]["seqlora"])  # only what decides is measured
     path = result_file(campaign.runs[0], campaign.results)
     assert json.loads(path.read_text())["config"]["lr"] == tuning["lr"]["seqlora"]
     assert not list((work_folder(campaign)).glob("trials/*")) and not list(work_folder(campaign).glob("checkpoints/*"))

@@ -142,6 +142,7 @@ class Loop(Steps):
     # items: what reaches the adapters in the stage; routing: where test inputs were sent
     keeper, items, routing = None, None, None
     ahead = shard = False
+    history = True  # whether earlier tasks are measured after every stage
 
     def __init__(self, stream: Stream, method, epochs: list[int], batch_size: int, lr: float,
                  seed: int, schedule: str, processes: Alone, parts: Sequence[Part] = ()):
@@ -177,8 +178,7 @@ class Loop(Steps):
         half = self.keeper.resume() if self.keeper else None  # of a stage
         for tasks in self.method.stages()[self.done:]:
             self._stage(tasks, half)
-            self._evaluate(tasks)
-            for part in self._parts: part.measured(self, tasks)
+            if self.history or tasks[-1] + 1 == len(self.stream): self._evaluate(tasks)
             self.done, half = self.done + 1, None
             if self.keeper: self.keeper.keep()
         self.routing = _routing(self)
@@ -204,6 +204,7 @@ class Loop(Steps):
         row = self.processes.row(tasks[-1] + 1, lambda i: _score(self, self.stream[i]),
                                  self.shard)
         self.R[tasks[-1], :len(row)] = row
+        for part in self._parts: part.measured(self, tasks)
 
 # %% ../nbs/learning/11_learner.ipynb #a82b8aa8
 def _prepare(loop: Loop, tasks: list[int], half: dict | None) -> tuple[Stage, DataLoader]:
@@ -409,18 +410,20 @@ class Learner(Loop):
         compile: bool = False,  # whether to compile the model's blocks for training
         # whether to cut the frozen weights up over the processes (treelora.engine.shard)
         shard: bool = False,
+        # whether to measure all tasks so far after each task, or all of them after the last
+        history: bool = True,
         parts: Sequence[Part] = (),  # what else is handed to the loop
     ):
         self.epochs = check_settings(len(stream), epochs, batch_size, lr, schedule, stop_loss)
         batch_size, lr = int(batch_size), float(lr)
         for what, value in (("progress", progress), ("ahead", ahead), ("compile", compile),
-                            ("shard", shard)): switch(what, value)
+                            ("shard", shard), ("history", history)): switch(what, value)
         if compile and shard:
             raise ValueError("compile=True and shard=True do not go together: a compiled "
                              "block would have to put "
                              "itself together; leave one of them out.")
         self.n_curve, self.progress, self.stop_loss = curves, progress, stop_loss
-        self.ahead, self.compile, self.shard = ahead, compile, shard
+        self.ahead, self.compile, self.shard, self.history = ahead, compile, shard, history
         if ahead: method.prepare_ahead()
         if compile: compile_blocks(method.model)
         processes = processes_of(make_accelerator(precision), self._place)
@@ -584,6 +587,7 @@ def run(
     compile: bool = False,  # compile the model's blocks for training
     shard: bool = False,  # cut the frozen weights up over the processes, for models that one cannot hold
     curves: int = 0,  # points of the learning curve of each task
+    history: bool = True,  # measure all tasks so far after each task; False: all of them, after the last one alone
     progress: bool = True,  # show bars
     checkpoints: str | Path | None = None,  # folder for checkpoints; None: none are written
     checkpoint_every: int | None = None,  # steps; None: at each task's end alone
@@ -608,7 +612,7 @@ def run(
     backbone, name, file = BACKBONES[stream.kind](stream, model, seed, weights, precision)
     sha256 = {"data": stream.sha256, "weights": _weights_sha256(backbone, file)}  # before adapters come in
     learner = Learner(stream, _made(build, backbone, stream, seed, options), seed=seed, curves=curves, progress=progress, precision=precision,
-                      ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, parts=parts, **chosen)
+                      ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard, history=history, parts=parts, **chosen)
     if checkpoints is not None: learner.keeper = Keeper(learner, checkpoints, checkpoint_every, resume)
     with learner.watch("total"), learner.keeper or nullcontext(): learner.fit()
     faster = {k: v for k, v in dict(ahead=ahead, stop_loss=stop_loss, compile=compile, shard=shard).items() if v}

@@ -108,8 +108,9 @@ def _valid(row: dict, campaign: Campaign, grid: Grid) -> bool:
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #a592d033
 def _trial(campaign: Campaign, grid: Grid, settings: dict, seed: int, method: str) -> Job:
-    "The job of one trial."
-    p = Planned(grid.stream, method, grid.scale, seed, grid.folder, grid.given, grid.options,
+    "The job of one trial: only its last scores decide, so only they are measured."
+    given = grid.given | {"history": False}
+    p = Planned(grid.stream, method, grid.scale, seed, grid.folder, given, grid.options,
                 grid.value)
     job = Job(p, Path(), *arguments(p, settings), grid.value, settings)
     return replace(job, path=work_folder(campaign) / "trials" / f"{job.name}.json")
@@ -170,7 +171,9 @@ def _whole(full: Stream, few: Stream, job: Job, result) -> float:
     n = epochs if isinstance(epochs, list) else [epochs] * len(full)
     train = spent["train"] * steps(full, n) / steps(few, [1] * len(few))
     ends = spent["end_of_task"] * _count(full, "train") / _count(few, "train")
-    return train + ends + spent["evaluate"] * _answers(full) / _answers(few)
+    history = job.given.get("history", True)
+    answers = _answers(full, history) / _answers(few, history)
+    return train + ends + spent["evaluate"] * answers
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #43c07384
 def scale_epochs(scale: str, kind: str) -> int:
@@ -183,9 +186,10 @@ def _count(stream: Stream, split: str) -> int:
     return sum(len(getattr(t, split)) for t in stream)
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #8211ae04
-def _answers(stream: Stream) -> int:
-    "Answers in a whole run: after each task, all test inputs so far."
-    return sum(len(t.test) * (len(stream) - i) for i, t in enumerate(stream))
+def _answers(stream: Stream, history: bool = True) -> int:
+    "Answers in a whole run: after each task, all test inputs so far; or once, in the end."
+    times = lambda i: len(stream) - i if history else 1
+    return sum(len(t.test) * times(i) for i, t in enumerate(stream))
 
 # %% ../../nbs/experiments/10_campaigns.ipynb #6641e073
 class Estimates:
