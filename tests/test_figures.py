@@ -10,7 +10,7 @@ from test_project import fake_result
 from test_project import results as vision_results  # noqa: F401  a fixture
 
 from treelora.cli import main
-from treelora.paper.figures import _BOUNDS, _SKETCH, STREAMS, caption, figure, load_results, round_schematic, save_all, save_figure
+from treelora.paper.figures import _BOUNDS, _SKETCH, CIFAR, CUB, FASHION, caption, figure, load_results, round_schematic, save_all, save_figure
 from treelora.paper.language_figures import families, pareto, save_language_figures
 from treelora.paper.tables import contest_table, parts_table, read_results, table
 
@@ -80,10 +80,11 @@ def test_all_tables_stand_without_results(tmp_path):
     for n in range(1, 14): assert f"Table {n}:" in str(table(n, tmp_path)), n
 
 
-@pytest.mark.parametrize("n, place", [(1, DIGITS), (3, DIGITS), (4, DIGITS), (5, DIGITS), (6, STREAMS[6]), (7, STREAMS[7]), (8, DIGITS)])
+@pytest.mark.parametrize("n, place", [(1, DIGITS), (3, DIGITS), (4, DIGITS), (5, DIGITS), (6, FASHION), (7, CUB), (8, DIGITS)])
 def test_missing_results_say_which_command_makes_them(n, place, tmp_path):
+    command = "campaign campaigns/cub200.toml --root DATA`" if place == CUB else "figures --run missing --stream {} --scale {}`".format(*place)
     for draw in (figure, caption):
-        with pytest.raises(FileNotFoundError, match="treelora figures --run missing --stream {} --scale {}`".format(*place)): draw(n, tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"treelora {command}"): draw(n, tmp_path)
     with pytest.raises(FileNotFoundError, match="treelora compare --stream split-digits --scale quick`"): figure(n, tmp_path, "split-digits", "quick/one-epoch")
 
 
@@ -108,8 +109,8 @@ def test_drawings_need_no_results_and_are_the_same_bytes(tmp_path):
 
 
 def test_drawings_are_of_no_stream(vision_results, tmp_path):
-    shutil.copytree(folder(vision_results, *DIGITS), folder(vision_results, *STREAMS[6]))
-    assert not [p for p in save_all(vision_results, tmp_path, *STREAMS[6]) if p.name.startswith("figure2")]
+    shutil.copytree(folder(vision_results, *DIGITS), folder(vision_results, *FASHION))
+    assert not [p for p in save_all(vision_results, tmp_path, *FASHION) if p.name.startswith("figure2")]
 
 
 @pytest.mark.parametrize("draw", [lambda: figure(2), round_schematic])
@@ -132,8 +133,24 @@ def test_the_drawn_bounds_obey_eq_2():
     assert at == "4"  # where the red path ends
 
 
+def test_photographs_come_first_once_they_were_run(vision_results, tmp_path):
+    for path in folder(vision_results, *DIGITS).glob("*.json"):
+        result = json.loads(path.read_text())
+        result["config"] |= {"stream": CIFAR[0], "scale": CIFAR[1]}
+        result |= {"classes": [[0, 1], [2, 3]], "train_sizes": [20, 20]}
+        new = folder(vision_results, *CIFAR) / path.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(result))
+    assert "Stream split-cifar100" in caption(4, vision_results) and "images for each of" in caption(4, vision_results)
+    assert "Stream split-digits" in caption(4, vision_results, "split-digits")
+    shown = table(1, vision_results)
+    assert sum("split-cifar100" in h for h in shown.head) == 4 and "split-cifar100 at scale small" in shown.title and "70 pixels" in shown.note
+    assert main(["figures", "--results", str(vision_results), "--out", str(tmp_path)]) == 0
+    assert {"figure4.svg", "figure4-split-digits.svg"} <= {p.name for p in tmp_path.iterdir()}
+
+
 def test_figure_6_joins_once_its_stream_was_run(vision_results, tmp_path):
-    shutil.copytree(folder(vision_results, *DIGITS), folder(vision_results, *STREAMS[6]))
+    shutil.copytree(folder(vision_results, *DIGITS), folder(vision_results, *FASHION))
     assert {"figure6.svg", "figure6.png"} <= {p.name for p in save_all(vision_results, tmp_path)}
     assert "Stream split-fashion-mnist" in (tmp_path / "captions.md").read_text()
 

@@ -158,15 +158,17 @@ def _add_campaign(commands) -> None:
     p.set_defaults(act=_campaign)
 
 # %% ../nbs/tutorials/08_command_line.ipynb #90985953
-def _print_table(number: int, results: Path, stream: str | None = None, scale: str = "quick") -> None:
+def _print_table(number: int, results: Path, stream: str | None = None, scale: str | None = None) -> None:
     from treelora.paper.tables import table
     print(table(number, results, stream, scale))
 
 # %% ../nbs/tutorials/08_command_line.ipynb #cd88c6d1
 def _table(args) -> None:
     from treelora.learning.places import stream_folder
-    if args.stream and not (stream_folder(args.results, args.stream) / args.scale).is_dir():
-        raise ValueError(f"There are no results of {args.stream!r} at the scale {args.scale!r} in "
+    from treelora.paper.tables import scale_of
+    scale = args.scale or scale_of(args.stream or "")
+    if args.stream and not (stream_folder(args.results, args.stream) / scale).is_dir():
+        raise ValueError(f"There are no results of {args.stream!r} at the scale {scale!r} in "
                          f"{args.results}; run some first, as in treelora run --stream "
                          f"{args.stream}, or look at its folders.")
     _print_table(args.number, args.results, args.stream, args.scale)
@@ -176,7 +178,7 @@ def _add_table(commands) -> None:
     p = commands.add_parser("table", help="print one of the paper's tables, ours beside it")
     p.add_argument("number", type=int, help="1 to 13")
     p.add_argument("--stream", help="of our columns, instead of the table's usual ones")
-    p.add_argument("--scale", default="quick", help="or another budget of it, such as quick/half")
+    p.add_argument("--scale", help="or another budget of it, such as quick/half")
     p.add_argument("--results", type=Path, default=Path("results"))
     p.set_defaults(act=_table)
 
@@ -213,8 +215,9 @@ def _experiments(args) -> None:
     from treelora.experiments.vision import run_set
     from treelora.experiments.language import run_language_set
     common = dict(results=args.results, missing_only=args.run == "missing", progress=not args.quiet)
-    if args.stream == "cldr" or args.run == "all": run_language_set(**common)
-    if args.stream != "cldr": run_set(args.stream, args.scale, root=args.root, **common)
+    stream, scale = args.stream or "split-digits", args.scale or "quick"
+    if stream == "cldr" or args.run == "all": run_language_set(**common)
+    if stream != "cldr": run_set(stream, scale, root=args.root, **common)
 
 
 def _language_figures(args) -> list[Path]:
@@ -224,17 +227,24 @@ def _language_figures(args) -> list[Path]:
     print(f"\n{parts_table(args.results, 'cldr')}")
     return save_all(args.results, args.out, "cldr") + save_language_figures(args.results, args.out)
 
+# %% ../nbs/tutorials/08_command_line.ipynb #212bbb30
+def _vision_figures(args) -> list[Path]:
+    from treelora.paper.figures import DIGITS, place_of, save_all
+    paths = save_all(args.results, args.out, args.stream, args.scale)
+    # where photographs were run, the digits are drawn beside them
+    apart = not args.stream and place_of(4, args.results, None, None) != DIGITS
+    if apart and (args.results / Path(*DIGITS)).is_dir():
+        paths += save_all(args.results, args.out, *DIGITS)
+    _print_table(1, args.results)
+    return paths
+
 # %% ../nbs/tutorials/08_command_line.ipynb #212bbb31
 def _figures(args) -> None:
     from treelora.experiments.bench import save_scale
-    from treelora.paper.figures import save_all
     _experiments(args)
-    paths = []
-    if args.stream != "cldr":
-        paths += save_all(args.results, args.out, args.stream, args.scale)
-        _print_table(1, args.results)
-    if args.stream == "cldr" or args.stream == "split-digits" and (args.results / "cldr" / "quick").exists(): paths += _language_figures(args)
-    if args.stream == "split-digits" and (scale := args.results / "bench" / "scale.json").exists(): paths += save_scale(scale, args.out)
+    paths = [] if args.stream == "cldr" else _vision_figures(args)
+    if args.stream == "cldr" or not args.stream and (args.results / "cldr" / "quick").exists(): paths += _language_figures(args)
+    if not args.stream and (scale := args.results / "bench" / "scale.json").exists(): paths += save_scale(scale, args.out)
     print(f"\n{len(paths)} files in {args.out}/: {', '.join(sorted({p.stem for p in paths}))} (.svg and .png); results in {args.results}/")
 
 # %% ../nbs/tutorials/08_command_line.ipynb #1ed76cf2
@@ -242,8 +252,8 @@ def _add_figures(commands) -> None:
     p = commands.add_parser("figures", help="draw all figures for which there are results, and print the table")
     p.add_argument("--run", choices=("no", "missing", "vision", "all"), default="no",
                    help="which experiments to run first: what --stream misses, the quick vision set, or that and the quick language set")
-    p.add_argument("--stream", default="split-digits")
-    p.add_argument("--scale", default="quick")
+    p.add_argument("--stream", help="the figures of one stream alone; without it, those that stand for the paper's")
+    p.add_argument("--scale", help="of that stream")
     p.add_argument("--root", type=Path)
     p.add_argument("--results", type=Path, default=Path("results"))
     p.add_argument("--out", type=Path, default=Path("figures"))

@@ -141,8 +141,7 @@ class Loop(Steps):
     "Trains one method on one stream, stage after stage; what else is to happen is handed in."
     # items: what reaches the adapters in the stage; routing: where test inputs were sent
     keeper, items, routing = None, None, None
-    ahead = shard = False
-    history = True  # whether earlier tasks are measured after every stage
+    ahead, shard, history = False, False, True  # history: earlier tasks are measured, too
 
     def __init__(self, stream: Stream, method, epochs: list[int], batch_size: int, lr: float,
                  seed: int, schedule: str, processes: Alone, parts: Sequence[Part] = ()):

@@ -22,6 +22,7 @@ from .figures import look
 from .numbers import paper_value
 from .report import SOURCE, Evidence, Missing
 from .statistics import paired, scores
+from .tables import PHOTOS, campaign_of
 
 # %% ../../nbs/paper/09_reproduce.ipynb #8ea60b0c
 MANY = 8  # so many places are not listed one by one
@@ -69,9 +70,8 @@ def _runs(evidence: Evidence, stream: str, folder: str = "quick") -> dict:
 # %% ../../nbs/paper/09_reproduce.ipynb #0e1d857e
 PAPERS = {"treelora": "TreeLoRA", "hidelora": "HiDeLoRA", "seqlora": "SeqLoRA"}  # its names
 # streams, and the scale at which they begin
-IMAGES = (("split-digits", "quick"), ("split-fashion-mnist", "quick"),
-          ("split-tiny-imagenet", "small"), ("split-cifar100", "small"),
-          ("split-cub200", "small"), ("split-imagenet-r", "small"))
+IMAGES = (*((stream, "small") for stream in PHOTOS), ("split-imagenet-r", "small"),
+          ("split-digits", "quick"), ("split-fashion-mnist", "quick"))
 
 
 def vision_half(results: str | Path) -> Answer:
@@ -81,7 +81,8 @@ def vision_half(results: str | Path) -> Answer:
         runs = _runs(evidence, stream, scale)
         cells = [_band(scores(runs.get(m, {})).values()) for m in PAPERS]
         root = "" if scale == "quick" else " --root DATA"
-        if not runs: cells[0] = f"`treelora compare --stream {stream} --scale {scale}{root}`"
+        command = f"treelora compare --stream {stream} --scale {scale}{root}"
+        if not runs: cells[0] = f"`{campaign_of(stream) if stream in PHOTOS else command}`"
         rows.append([f"{stream}, {scale}", *cells])
     return Answer("treelora run --stream split-digits --method treelora --seed 0",
                   ["stream, scale", "TreeLoRA, ACC %", "HiDeLoRA", "plain LoRA"], rows,
