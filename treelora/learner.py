@@ -409,9 +409,9 @@ class Learner(Loop):
         compile: bool = False,  # whether to compile the model's blocks for training
         # whether to cut the frozen weights up over the processes (treelora.engine.shard)
         shard: bool = False,
+        parts: Sequence[Part] = (),  # what else is handed to the loop
         # whether to measure all tasks so far after each task, or all of them after the last
         history: bool = True,
-        parts: Sequence[Part] = (),  # what else is handed to the loop
     ):
         self.epochs = check_settings(len(stream), epochs, batch_size, lr, schedule, stop_loss)
         batch_size, lr = int(batch_size), float(lr)
@@ -586,12 +586,12 @@ def run(
     compile: bool = False,  # compile the model's blocks for training
     shard: bool = False,  # cut the frozen weights up over the processes, for models that one cannot hold
     curves: int = 0,  # points of the learning curve of each task
-    history: bool = True,  # measure all tasks so far after each task; False: all of them, after the last one alone
     progress: bool = True,  # show bars
     checkpoints: str | Path | None = None,  # folder for checkpoints; None: none are written
     checkpoint_every: int | None = None,  # steps; None: at each task's end alone
     resume: bool = False,  # go on from the latest checkpoint there, if there is one
     parts: Sequence[Part] = (),  # what else is to happen, such as a tracker of live metrics
+    history: bool = True,  # measure all tasks so far after each task; False: all of them, after the last one alone
     **options,  # of the method
 ) -> Result:
     """Train a method on a stream and measure it.
