@@ -170,9 +170,9 @@ def test_tasks_that_can_hardly_be_told_apart_are_said():
 # Folders
 
 def test_trace(trace):
-    stream = get_stream("trace", "small", root=trace)
+    stream = get_stream("trace", "paper", root=trace)
     assert [(t.name, t.metric) for t in stream] == [(t, m) for t, (m, _) in TRACE.items()] and stream.skipped == ()
-    assert [t.name for t in get_stream("math-llm", "small", root=trace)] == ["ScienceQA", "NumGLUE-cm", "NumGLUE-ds"]
+    assert [t.name for t in get_stream("math-llm", "paper", root=trace)] == ["ScienceQA", "NumGLUE-cm", "NumGLUE-ds"]
     assert stream.evaluate("NumGLUE-cm", lambda prompts: [str(int(p.split()[0]) + 1) for p in prompts]) == 1
 
 
@@ -182,18 +182,26 @@ def test_trace_quick_is_a_seeded_draw(trace):
     assert tasks[0].train.examples == tasks[1].train.examples != tasks[2].train.examples
 
 
+def test_the_scale_small_takes_all_of_a_short_task_and_says_so(trace):
+    put(trace / "FOMC" / "train.json", sums(200))
+    with pytest.warns(UserWarning, match=r"asks for 160 training examples a task; these have fewer, and all of them are taken: C-STANCE \(70\)") as caught:
+        stream = get_stream("trace", "small", root=trace)
+    assert [len(stream[t].train) for t in ("C-STANCE", "FOMC")] == [70, 160] and stream[0].max_answer == 8 and stream["20Minuten"].max_answer == 128
+    assert len(caught) == 1 and "FOMC" not in str(caught[0].message) and caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("place", ["trace-500", "trace", "."])
 def test_trace_is_found_in_subfolders_and_by_the_environment(place, trace, tmp_path_factory, monkeypatch):
     outer = tmp_path_factory.mktemp("data")
     trace.rename(outer / place) if place != "." else None
     monkeypatch.setenv("TREELORA_DATA", str(outer if place != "." else trace))
-    assert len(get_stream("trace", "small")) == 8
-    with pytest.raises(FileNotFoundError): get_stream("trace", "small", root=tmp_path_factory.mktemp("empty"))
+    assert len(get_stream("trace", "paper")) == 8
+    with pytest.raises(FileNotFoundError): get_stream("trace", "paper", root=tmp_path_factory.mktemp("empty"))
 
 
 def test_a_task_that_lacks_a_file_is_left_out(trace):
     (trace / "MeetingBank" / "train.json").unlink()
-    with pytest.warns(UserWarning, match="leaves out the task 'MeetingBank', because there is no train.json in") as caught: stream = get_stream("trace", "small", root=trace)
+    with pytest.warns(UserWarning, match="leaves out the task 'MeetingBank', because there is no train.json in") as caught: stream = get_stream("trace", "paper", root=trace)
     assert stream.skipped == ("MeetingBank",) and len(stream) == 7 and len(caught) == 1 and caught[0].filename == __file__
 
 
@@ -210,7 +218,7 @@ def test_nothing_there(tmp_path, monkeypatch):
     ([*sums(1), {"prompt": "a", "answer": " "}], "'FOMC' has an empty answer in record 1 .*test.json"), ([], "'FOMC' has no examples in .*test.json")])
 def test_broken_files(records, words, trace):
     put(trace / "FOMC" / "test.json", records)
-    with pytest.raises(ValueError, match=words): get_stream("trace", "small", root=trace)
+    with pytest.raises(ValueError, match=words): get_stream("trace", "paper", root=trace)
 
 
 def test_not_utf8(tmp_path):
@@ -220,13 +228,13 @@ def test_not_utf8(tmp_path):
 
 @pytest.mark.parametrize("order", CL_ORDERS)
 def test_cl_benchmark_orders(order, cl):
-    stream = get_stream(f"cl-benchmark-{order}", "small", root=cl)
+    stream = get_stream(f"cl-benchmark-{order}", "paper", root=cl)
     assert [t.name for t in stream] == CL_ORDERS[order].split() and {t.metric for t in stream} == {"exact"} and stream[0].labels == ("Good", "Bad")
-    if order == 4: assert [t.name for t in get_stream("long-15", "small", root=cl)] == [t.name for t in stream]
+    if order == 4: assert [t.name for t in get_stream("long-15", "paper", root=cl)] == [t.name for t in stream]
 
 
 def test_cl_benchmark_prompts(cl):
-    stream = get_stream("cl-benchmark-4", "small", root=cl)
+    stream = get_stream("cl-benchmark-4", "paper", root=cl)
     assert stream["agnews"].train[0] == Example("Task:TC\nDataset:agnews\nWhat is the topic of the following paragraph? Choose one from the option.\n"
                                                 "Option: Good, Bad \nThis is Good.\nAnswer:", "Good")
     assert stream["COPA"].train[1].prompt == "Task:COPA\nDataset:COPA\nThis is Bad.\nAnswer:" == cl_prompt("COPA", (), "This is Bad.")
@@ -238,7 +246,7 @@ def test_cl_benchmark_prompts(cl):
     ("train.json", [{"label": "Fine", "sentence": ""}], "Record 0 .*train.json has the label 'Fine', which is not one of"), ("test.json", [{"label": "Good"}], "no 'sentence'")])
 def test_cl_benchmark_broken_files(file, content, words, cl):
     put(cl / "SC/yelp" / file, content)
-    with pytest.raises(ValueError, match=words): get_stream("long-15", "small", root=cl)
+    with pytest.raises(ValueError, match=words): get_stream("long-15", "paper", root=cl)
 
 
 # Streams, batches, evaluation
