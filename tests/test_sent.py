@@ -115,6 +115,46 @@ def test_a_given_task_limits_the_classes_where_a_method_weighs_them(name, chosen
     if name != "dualprompt": assert set(method.predict(images).tolist()) == {0}  # sure of its task or not, 1,000 nats are more
 
 
+def test_half_precision_answers_under_the_right_adapter(tiny_language):
+    "Autocast keeps copies of parameters in half precision until its context ends: an adapter that is put in within it must count."
+    _, images, stream = learned("vision", "hidelora")
+    for i, row in enumerate(images.bank.values()): row.copy_(0.3 * torch.randn(row.shape, generator=torch.Generator().manual_seed(i)))
+    x, _ = inputs_and_answers(stream, 0)
+    _, texts, _ = learned("language", "treelora-routed", tiny_language)
+    texts.model.eval()  # no dropout
+    tree, batch = texts.tl, texts.collate.prompt([e.prompt for e in text_stream(n=8)[0].test])
+    rows = [0.3 * torch.randn(texts._adapter().shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    def logits(put):
+        put()
+        return texts.model(**batch).logits.float()
+    cases = [lambda t: images.logits_by(torch.full((len(x),), t), x).float(), lambda t: logits(lambda: texts._put(rows[t])), lambda t: logits(lambda: tree.live.write(rows[t]))]
+    for answer in cases:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): within = [answer(t) for t in (0, 1)]
+        single = []
+        for t in (0, 1):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): single.append(answer(t))
+        assert not torch.equal(*single) and all(torch.equal(a, b) for a, b in zip(within, single))
+
+
+@torch.no_grad()
+def test_un_adapted_features_may_speak_of_classes():
+    "With a head that says nothing, the answers are the Gaussians' own; a strong head is heard, too."
+    with torch.enable_grad(): _, method, stream = learned("vision", "hidelora")
+    method.model.head.weight.zero_(), method.model.head.bias.zero_()
+    images, labels = inputs_and_answers(stream, 1)
+    identity, plain = method.parts.identity, method.plain_features(images)
+    likely = torch.tensor(list(identity.stats.means))[identity.log_densities(plain).argmax(1)]
+    method.evidence = "class"
+    assert torch.equal(method.predict(images), likely)
+    own = identity.log_densities(plain)[:, [list(identity.stats.means).index(c) for c in stream[1].classes]].argmax(1)
+    assert torch.equal(method.predict_as(1, images), torch.tensor(list(stream[1].classes))[own])
+    method.model.head.bias[stream[1].classes[0]] += 1e4
+    assert set(method.predict_as(1, images).tolist()) == {stream[1].classes[0]}
+    made = lambda name, **options: get_method(name, "vision").for_stream(tiny_vit(6), stream, **options)
+    assert made("treelora-branch").options["evidence"] == "class" and made("hidelora").options["evidence"] == "task" and "evidence" not in made("treelora").options
+    with pytest.raises(ValueError, match="known are task, class"): made("hidelora", evidence="x")
+
+
 def test_measuring_counts_as_evaluation_and_changes_nothing(monkeypatch):
     def state(loop, method): return torch.cat([p.detach().flatten() for p in method.model.parameters()]), torch.tensor(loop.R).nan_to_num()
     (one, method, _) = learned("vision", "treelora-branch")

@@ -74,6 +74,7 @@ def add_(self: Rows, tensors: Sequence[torch.Tensor]) -> Rows:
 def store_to(self: Rows, tensors: Sequence[torch.Tensor]) -> None:
     "Copy out into parameters."
     torch._foreach_copy_(list(tensors), self.views)
+    torch.clear_autocast_cache()  # it may hold the old numbers in half precision
 
 # %% ../nbs/core/03_signature.ipynb #1a93625d
 @patch

@@ -187,6 +187,7 @@ def write(self: ModelAdapter, adapter: torch.Tensor, kept: torch.Tensor | None =
     for g in self.groups:
         g.scratch.copy_(adapter[g.layers])
         torch._foreach_copy_(values[g.params], g.views)
+    torch.clear_autocast_cache()  # it may hold the old numbers in half precision
 
 # %% ../../nbs/engine/12_device.ipynb #76ed43b1
 @patch
@@ -204,6 +205,7 @@ def become(self: ModelAdapter, arms: torch.Tensor) -> None:
     "Put the stored adapters of the layers' arms into the model, and what is kept beside them."
     values = self.values()
     for g in self.stored(arms): torch._foreach_copy_(values[g.params], g.views)
+    torch.clear_autocast_cache()
     if not self.bank.kept: return
     slots = self.bank.slot[arms.expand(self.layout.n_layers)]
     self.bank.kept.write(self.bank.kept.chosen(self.bank.blocks["kept"], slots))
@@ -219,6 +221,7 @@ def under(self: ModelAdapter, arms: torch.Tensor) -> Iterator[None]:
     try: yield
     finally:
         torch._foreach_copy_(values, aside)
+        torch.clear_autocast_cache()
         if beside is not None: self.bank.kept.write(beside)
 
 

@@ -249,6 +249,7 @@ def read(self: Kept) -> torch.Tensor:  # (E,) on the host
 def write(self: Kept, values: torch.Tensor) -> None:
     "Put (E,) numbers into the model."
     for t, new in self.views(values): t.copy_(new)
+    torch.clear_autocast_cache()
 
 # %% ../../nbs/engine/31_kept.ipynb #349c19e0
 @patch

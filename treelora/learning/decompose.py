@@ -158,6 +158,21 @@ def weigh(
     weighed[:, classes] = logits[:, classes].float().log_softmax(1) + prior
     return weighed
 
+# %% ../../nbs/learning/09_decompose.ipynb #09d00031
+@patch
+def beside(
+    self: TaskIdentity,
+    logits: torch.Tensor,  # (n, C), of a head
+    features: torch.Tensor,  # (n, F), un-adapted
+) -> torch.Tensor:  # (n, C) float32
+    "Logits, and the log-probability of each class within its task by these features."
+    out, classes = logits.float().clone(), list(self.stats.means)
+    likely = self.log_densities(features).to(out.device)
+    for task in sorted(set(self.task_of.values())):
+        own = [i for i, c in enumerate(classes) if self.task_of[c] == task]
+        out[:, [classes[i] for i in own]] += likely[:, own].log_softmax(1).to(out.dtype)
+    return out
+
 # %% ../../nbs/learning/09_decompose.ipynb #528f14fd
 def sample_features(
     stats: FeatureStats,  # of the classes

@@ -413,6 +413,7 @@ PER_CLASS = 128  # examples of a class whose features are taken at a task's end
 class Decomposed(Unadapted):
     "The training part of HiDe's decomposition, by switches."
     wtp = tap = tii = False
+    evidence = "task"
 
     def __init__(
         self,
@@ -420,6 +421,8 @@ class Decomposed(Unadapted):
         # examples of each class for what is kept of its features (drawn); None: all
         per_class: int | None = PER_CLASS,
         directions: int = DIRECTIONS,  # of TaskIdentity
+        # what un-adapted features tell: the "task", or each "class"; None: the method's own
+        evidence: str | None = None,
         **settings,  # of LoRAVision
     ):
         super().__init__(*args, **settings)
@@ -427,7 +430,8 @@ class Decomposed(Unadapted):
         check_drawn("per_class", per_class)
         self.per_class, self.options = per_class, self.options | {"per_class": per_class}
         self.parts, self.recall = Decomposition(self.seed, directions), Recall()
-        if self.tii: self.options |= {"directions": directions}
+        if evidence: self.evidence = one_of("evidence", evidence, ("task", "class"))
+        if self.tii: self.options |= {"directions": directions, "evidence": self.evidence}
         self.bank: dict[int, torch.Tensor] = {}  # task -> (L, D) adapter, to choose among
 
     def loss(self, batch):
@@ -462,7 +466,7 @@ class Decomposed(Unadapted):
 class Inferring:
     """The hooks of a method that infers tasks, has `parts` and `recall`, and defines
     `plain_features` (n, F) and `logits_by` (n, C)."""
-    routes = True
+    routes, evidence = True, "task"
 
     def likely(self, images: torch.Tensor) -> torch.Tensor:  # (n, tasks)
         "Log-probabilities of each image's task, from its un-adapted features."
@@ -473,13 +477,19 @@ class Inferring:
     @torch.no_grad()
     def predict(self, inputs):
         likely = self.likely(inputs)
-        logits = self.logits_by(likely.argmax(1), inputs)
+        logits = self._joined(self.logits_by(likely.argmax(1), inputs), inputs)
         return self.parts.identity.weigh(logits, likely).argmax(1)
 
     @torch.no_grad()
     def predict_as(self, task, inputs):
         logits = self.logits_by(torch.full((len(inputs),), task), inputs)
-        return masked_logits(logits, self.classes[task]).argmax(1)
+        return masked_logits(self._joined(logits, inputs), self.classes[task]).argmax(1)
+
+    def _joined(self, logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        "Logits, with what un-adapted features say of the classes, if that is asked for."
+        if self.evidence == "task": return logits
+        plain = self.recall(images, self.plain_features)
+        return self.parts.identity.beside(logits, plain)
 
 # %% ../../nbs/methods/01_base.ipynb #6dd771aa
 class AdapterMethod(Inferring, Decomposed):

@@ -118,6 +118,7 @@ class AdaptedText(LanguageMethod):
     def _put(self, adapter: torch.Tensor) -> None:
         "Make an (L, D) adapter the model's."
         for p, x in zip(self.layout.params, self.layout.views(adapter)): p.copy_(x)
+        torch.clear_autocast_cache()  # it may hold the old adapter in half precision
 
 # %% ../../nbs/methods/04_language.ipynb #06117e1a
 class LanguageAdapterMethod(AdaptedText):

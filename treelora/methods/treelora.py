@@ -177,9 +177,10 @@ class TreeLoRAPlain(WithTree, AdapterMethod):
     shared = ("head",)  # one head over all classes
 
     def __init__(self, model, classes, seed=0, r=4, blocks=5, place="first",
-                 per_class=PER_CLASS, directions=DIRECTIONS, **changes):
+                 per_class=PER_CLASS, directions=DIRECTIONS,
+                 evidence: str | None = None, **changes):
         super().__init__(model, classes, seed, r, blocks, place, per_class=per_class,
-                         directions=directions)
+                         directions=directions, evidence=evidence)
         self.plant(changes)
 
     def reference_loss(self, batch):
@@ -234,6 +235,7 @@ class TreeLoRABranch(TreeLoRAIdentity):
     "This project's form: start from the branch, stay near it, route by plain features."
     name, paper = "treelora-branch", "this project"
     settings = VARIANTS["branch"] | {"depth": 5}
+    evidence = "class"
 
     @torch.no_grad()
     def probe(self, batch):
