@@ -12,7 +12,7 @@ from test_project import results as vision_results  # noqa: F401  a fixture
 from treelora.cli import main
 from treelora.paper.figures import _BOUNDS, _SKETCH, CIFAR, CUB, FASHION, caption, figure, load_results, round_schematic, save_all, save_figure
 from treelora.paper.language_figures import families, pareto, save_language_figures
-from treelora.paper.tables import contest_table, parts_table, read_results, table
+from treelora.paper.tables import PHOTOS, _pixels, contest_table, parts_table, read_results, table
 
 DIGITS = ("split-digits", "quick")
 
@@ -147,6 +147,9 @@ def test_photographs_come_first_once_they_were_run(vision_results, tmp_path):
     assert sum("split-cifar100" in h for h in shown.head) == 4 and "split-cifar100 at scale small" in shown.title and "70 pixels" in shown.note
     assert main(["figures", "--results", str(vision_results), "--out", str(tmp_path)]) == 0
     assert {"figure4.svg", "figure4-split-digits.svg"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_captions_know_the_pixels_of_each_stream(): assert [_pixels(s) for s in PHOTOS] == [70, 98, 70]
 
 
 def test_figure_6_joins_once_its_stream_was_run(vision_results, tmp_path):

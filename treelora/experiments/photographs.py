@@ -28,7 +28,7 @@ from ..metrics import training_seconds
 # %% ../../nbs/experiments/16_photographs.ipynb #16f00036
 from ..paper.figures import LOOKS, look, new_figure, style
 from ..paper.statistics import mean, paired, scores
-from ..paper.tables import PHOTOS, read_results, scale_of
+from ..paper.tables import PHOTOS, Table, read_results, scale_of
 
 # %% ../../nbs/experiments/16_photographs.ipynb #16f0000a
 FLOOR, CEILING, SHARPER = "lda", "joint", "LDA, 16 directions each"
@@ -105,11 +105,10 @@ def photo_row(methods: dict, method: str) -> list[str]:
             _sent(runs), f"{np.mean(minutes):.1f}"]
 
 # %% ../../nbs/experiments/16_photographs.ipynb #16f00033
-def photo_table(methods: dict) -> str:
-    "All methods of a stream, the best first, as markdown."
+def photo_table(methods: dict, title: str) -> Table:
+    "All methods of a stream, the best first."
     head = ["method", "accuracy, %", "BWT", "gap closed", "own task, %", "minutes"]
-    lines = [head, ["---"] + ["---:"] * 5, *(photo_row(methods, m) for m in methods)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return Table(title, head, [photo_row(methods, m) for m in methods])
 
 # %% ../../nbs/experiments/16_photographs.ipynb #16f00015
 def against(methods: dict, ours: str, theirs: str = "hidelora") -> list[str]:

@@ -9,7 +9,7 @@ __all__ = ['ROWS', 'BEFORE', 'FORMAT', 'NEEDED', 'KINDS', 'STEPS_ALONE', 'UNCOUN
            'on_photos', 'table', 'parts_table', 'contest_table', 'routing_table']
 
 # %% ../../nbs/paper/04_tables.ipynb #7f2d26da
-import json, math, warnings
+import json, math, re, warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -305,6 +305,13 @@ def _at(scales: dict[str, str]) -> str:
     return ", ".join(f"{stream} at scale {scale}" for stream, scale in scales.items())
 
 # %% ../../nbs/paper/04_tables.ipynb #80c10002
+def _pixels(stream: str) -> int:
+    "The side of a stream's images: what its name asks for, or its set's own."
+    from treelora.learning.photos import SETS  # here: most tables show no photographs
+    asked = re.search(r"pixels=(\d+)", stream)
+    return int(asked[1]) if asked else SETS[stream.partition(":")[0]].pixels
+
+
 def on_photos(stream: str, found: dict[str, list[dict]]) -> str:
     "What a table of photographs says below itself: sizes, budget and backbone."
     if stream not in PHOTOS or not found: return ""
@@ -314,7 +321,8 @@ def on_photos(stream: str, found: dict[str, list[dict]]) -> str:
     weights = (r.get("sha256") or {}).get("weights", "unknown")[:8]
     seeds = max(len(runs) for runs in found.values())
     return (f"{stream.split(':')[0]}: {each} images for each of {len(classes)} classes, "
-            f"{config['epochs']} epochs, {config['model']} at 70 pixels (weights {weights}), "
+            f"{config['epochs']} epochs, {config['model']} at {_pixels(stream)} pixels "
+            f"(weights {weights}), "
             f"{seeds} seeds.")
 
 # %% ../../nbs/paper/04_tables.ipynb #808a1c51
