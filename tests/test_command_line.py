@@ -190,7 +190,7 @@ def test_only_this_projects_commit_is_recorded(tmp_path, monkeypatch):
 
 
 def test_a_report_never_averages_over_settings_either(tmp_path):
-    from treelora.paper.report import Evidence
+    from treelora.paper.evidence import Evidence
     folder = tmp_path / "s" / "quick"
     for seed in (0, 1): put(folder, seed, config__epochs=seed + 1)
     kept = {p: json.loads(p.read_text(encoding="utf-8")) for p in folder.iterdir()}

@@ -27,7 +27,8 @@ from treelora.learning.language import language_weights_file, packaged_smollm2
 from treelora.learner import run
 from treelora.learning.models import get_model, save_weights, weights_file
 from treelora.experiments.paper_vs_code import run_switches, switch_table
-from treelora.paper.report import Evidence, report
+from treelora.paper.evidence import Evidence
+from treelora.paper.report import report
 from treelora.streams import FASHION_DEBIAN, ImageSet, Stream, Task, TaskStream, get_stream
 from treelora.paper.tables import BEFORE, contest_table, parts_table, read_results, table
 from treelora.learning.text import Example, TextSet, TextStream, TextTask, cldr_split
@@ -344,6 +345,20 @@ def test_no_reader_mixes_results_of_different_data(reader, saved):
         said = str(error.value)
         assert str(path) in said and "0123456789ab" in said and OTHER not in said and "--results" in said and "\n" not in said
         path.write_bytes(before)
+    READERS[reader](saved)
+
+
+@pytest.mark.parametrize("reader", ["read_results", "table 1", "figure", "report"])
+def test_no_reader_mixes_results_that_started_from_different_weights(reader, saved):
+    path = saved / "split-digits/quick/gem-seed1.json"
+    content = json.loads(path.read_text())
+    content["sha256"]["weights"] = OTHER
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="started from weights with the hash") as error: READERS[reader](saved)
+    assert str(path) in str(error.value) and OTHER[:12] in str(error.value) and "\n" not in str(error.value)
+    elsewhere = path.parent / "another-backbone" / path.name
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
     READERS[reader](saved)
 
 

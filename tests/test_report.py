@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from treelora.metrics import bwt, op
-from treelora.paper.report import CLAIMS, FAILS, HOLDS, PARTLY, UNTESTED, VERDICTS, Evidence, Missing, Report, judge, report, tally
+from treelora.paper.evidence import Evidence, Missing
+from treelora.paper.report import CLAIMS, FAILS, HOLDS, PARTLY, UNTESTED, VERDICTS, Report, judge, report, tally
 from treelora.paper.statistics import paired
 
 ROOT = Path(__file__).parent.parent

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 # %% ../../nbs/paper/07_cards.ipynb #a4cdb3a5
 from ..engine.files import replace_file, sha256_of
 from .figures import new_figure, style
-from .report import (CLAIMS, SOURCE, VERDICTS, Claim, Evidence, Finding, Missing,
-                                   Report, report)
+from .evidence import Evidence, Missing
+from .report import CLAIMS, SOURCE, VERDICTS, Claim, Finding, Report, report
 
 # %% ../../nbs/paper/07_cards.ipynb #a8812aa2
 HALVES = {

@@ -4,104 +4,25 @@
 
 # %% auto #0
 __all__ = ['HOLDS', 'PARTLY', 'FAILS', 'UNTESTED', 'VERDICTS', 'DIGITS', 'TEXT', 'VISION', 'RIVALS', 'THEORY', 'CLAIMS', 'SOURCE',
-           'Missing', 'Evidence', 'Finding', 'tally', 'c1', 'c3', 'c17', 'c18', 'c2', 'c4', 'c5', 'c6', 'c7', 'c8',
-           'c9', 'c10', 'c11', 'c14', 'run_counts', 'c12', 'c13', 'c15', 'c16', 'Claim', 'judge', 'Report', 'report']
+           'Finding', 'tally', 'c1', 'c3', 'c17', 'c18', 'c2', 'c4', 'c5', 'c6', 'c7', 'c8', 'c9', 'c10', 'c11', 'c14',
+           'run_counts', 'c12', 'c13', 'c15', 'c16', 'Claim', 'judge', 'Report', 'report']
 
 # %% ../../nbs/paper/06_report.ipynb #rep0003
-import json, math, re, warnings
+import json, math, re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..learning.places import refuse_mixed, stream_folder
-from ..metrics import op, time_ratio, training_seconds
+from ..metrics import time_ratio, training_seconds
+from .evidence import Evidence, Missing
 from .statistics import ENOUGH, Difference, mean, paired, scores
-from .tables import NAMES, PHOTOS, ROWS, same_data, scale_of, timed
-
-# %% ../../nbs/paper/06_report.ipynb #rep0021
-class Missing(FileNotFoundError):
-    "A result that was not made; the message is the command that makes it."
-
-# %% ../../nbs/paper/06_report.ipynb #fbc56fe4
-class Evidence:
-    """The results in a folder, each file read once. What is damaged or foreign is named in a
-    warning and left out."""
-
-    def __init__(self, results: str | Path = "results"):
-        self.root, self.used, self.left_out, self._known = Path(results), set(), {}, {}
-
-    def runs(
-        self,
-        stream: str,
-        folder: str = "quick",  # scale, or another budget of it, such as "quick/half"
-    ) -> dict[str, dict[int, dict]]:  # method -> seed -> result
-        "All runs in a folder. Raises `Missing` without any, ValueError for unlike data or settings."
-        same_data(self.root, stream, folder)
-        place, found = stream_folder(self.root, stream) / folder, {}
-        read = {p: self._read(p, lambda r: _fault_of_run(r, p, stream)) for p in sorted(place.glob("*-seed*.json"))}
-        refuse_mixed(read)
-        for run in filter(None, read.values()):
-            found.setdefault(run["config"]["method"], {})[run["config"]["seed"]] = run
-        if not found: raise Missing(f"treelora compare --stream {stream} --scale {folder.split('/')[0]}")
-        return found
-
-    def rows(
-        self,
-        name: str,  # file below the results' folder
-        command: str,  # that makes it
-    ) -> dict:
-        "A file of rows. Raises `Missing` with the command when it is not there, or not whole."
-        path = self.root / name
-        if path.name in ROWS: same_data(self.root, path.parent.name)
-        found = self._read(path, _fault_of_rows) if path.exists() else None
-        if found is None: raise Missing(command)
-        return found
-
-    def _read(self, path: Path, fault: Callable[[object], str | None]) -> dict | None:
-        "A file's content; None, after a warning, when something is wrong with it."
-        if path not in self._known:
-            content, wrong = _load(path)
-            wrong = wrong or fault(content)
-            if wrong:
-                self.left_out[self._name(path)] = wrong
-                warnings.warn(f"{self._name(path)} is left out: {wrong}.", stacklevel=3)
-            self._known[path] = None if wrong else content
-        if self._known[path] is not None: self.used.add(self._name(path))
-        return self._known[path]
-
-    def _name(self, path: Path) -> str:
-        "A file's place below the results' folder."
-        return path.relative_to(self.root).as_posix()
-
-# %% ../../nbs/paper/06_report.ipynb #e6a969ad
-def _load(path: Path) -> tuple[object, str | None]:
-    "A JSON file's content, and what is wrong with it."
-    try: return json.loads(path.read_text(encoding="utf-8")), None
-    except (ValueError, OSError): return None, "it is damaged (no valid JSON); run it again or remove it"
-
-
-def _fault_of_run(run, path: Path, stream: str) -> str | None:
-    "What makes a file no result of this package, of this stream, method and seed."
-    lacks = [k for k in ("format", "config", "R", "scores", "seconds") if not isinstance(run, dict) or k not in run]
-    if lacks: return f"it is no result of this package (it lacks {', '.join(lacks)})"
-    if run["format"] != 1: return f"it has format {run['format']}, this version reads format 1"
-    config = run["config"]
-    if config.get("stream") != stream or not path.name.startswith(f"{config.get('method')}-") or not path.name.endswith(f"-seed{config.get('seed')}.json"):
-        return f"it is a run of {config.get('method')} on {config.get('stream')} with seed {config.get('seed')}, which belongs elsewhere"
-    try: agrees = math.isclose(op(run["R"]), run["scores"]["op"], abs_tol=1e-4)
-    except (ValueError, KeyError, TypeError): return "its matrix R is not complete"
-    return None if agrees else "its scores do not follow from its matrix R"
-
-
-def _fault_of_rows(content) -> str | None:
-    "What makes a file no table of rows."
-    if not isinstance(content, dict) or not isinstance(content.get("rows"), list): return "it has no rows"
-    return None if content.get("format", 1) == 1 else f"it has format {content['format']}, this version reads format 1"
+from .tables import NAMES, PHOTOS, scale_of, timed
 
 # %% ../../nbs/paper/06_report.ipynb #rep0041
-HOLDS, PARTLY, FAILS, UNTESTED = VERDICTS = ("holds", "holds partly", "does not hold here", "not tested here")
+HOLDS, PARTLY, FAILS, UNTESTED = VERDICTS = (
+    "holds", "holds partly", "does not hold here", "not tested here")
 
 
 @dataclass(frozen=True)
@@ -112,24 +33,27 @@ class Finding:
     on: str = ""  # stream, model, seeds, device
     files: tuple[str, ...] = ()  # that were read, below the results' folder
 
-
+# %% ../../nbs/paper/06_report.ipynb #rep0201
 def tally(
     votes: Sequence[bool],
 ) -> str:
     "All, some or none of the votes are for. Raises ValueError without votes."
-    if not votes: raise ValueError("A verdict needs a vote; a rule without results raises Missing.")
+    if not votes:
+        raise ValueError("A verdict needs a vote; a rule without results raises Missing.")
     return HOLDS if all(votes) else PARTLY if any(votes) else FAILS
 
 # %% ../../nbs/paper/06_report.ipynb #ed74d631
 def _on(stream: str, runs: dict[int, dict]) -> str:
     "Stream, model, seeds and device of some runs."
     first = next(iter(runs.values()))
-    return f"{stream}, {first['config'].get('model', '?')}, {_seeds(len(runs))}, {_device(first)}{_before(runs.values())}"
+    model, before = first["config"].get("model", "?"), _before(runs.values())
+    return f"{stream}, {model}, {_seeds(len(runs))}, {_device(first)}{before}"
 
 
 def _before(runs: Iterable[dict]) -> str:
     "What is said of results, or rows, that do not say of which data they are."
-    return "" if all((r.get("sha256") or {}).get("data") for r in runs) else ", before data hashes"
+    told = all((r.get("sha256") or {}).get("data") for r in runs)
+    return "" if told else ", before data hashes"
 
 
 def _device(where: dict) -> str: return str(where.get("device", "?")).split(" (")[0].upper()
@@ -145,13 +69,19 @@ def _name(method: str) -> str:
 # %% ../../nbs/paper/06_report.ipynb #rep0051
 DIGITS, TEXT = "split-digits", "cldr"  # what is run at the least
 VISION = (*PHOTOS, DIGITS, "split-fashion-mnist")
-RIVALS = {"vision": ("seqlora", "gem", "ewc", "l2p", "dualprompt", "hideprompt", "hidelora"),  # of Tab. 1
-          "language": ("fix", "seqlora", "ogd", "gem", "ewc", "l2p", "dualprompt", "hidelora", "olora")}  # of Tab. 3
+RIVALS = {"vision": ("seqlora", "gem", "ewc", "l2p", "dualprompt", "hideprompt", "hidelora"),
+          "language": ("fix", "seqlora", "ogd", "gem", "ewc", "l2p", "dualprompt", "hidelora",
+                       "olora")}  # of Tab. 1 and Tab. 3
 
 
-def _streams(evidence: Evidence, wanted: Sequence[str], needs: Sequence[str] = ("treelora",), budget: str = "") -> dict[str, dict]:
-    """The streams that have runs of all these methods, each at its own scale, or another budget of
-    it. Raises `Missing` when there is none."""
+def _streams(
+    evidence: Evidence,
+    wanted: Sequence[str],
+    needs: Sequence[str] = ("treelora",),  # methods
+    budget: str = "",  # such as "/one-epoch"
+) -> dict[str, dict]:
+    """The streams that have runs of all these methods, each at its own scale, or another
+    budget of it. Raises `Missing` when there is none."""
     found = {s: _runs_if_any(evidence, s, scale_of(s) + budget) for s in wanted}
     found = {stream: runs for stream, runs in found.items() if set(needs) <= set(runs)}
     if not found: raise Missing(_compare(DIGITS))
@@ -166,13 +96,13 @@ def _runs_if_any(evidence: Evidence, stream: str, folder: str) -> dict:
 
 def _compare(stream: str, scale: str = "quick") -> str:
     "The command that runs the contenders."
-    return f"treelora compare --stream {stream} --scale {scale}" + (" --root DATA" if scale != "quick" else "")
+    root = " --root DATA" if scale != "quick" else ""
+    return f"treelora compare --stream {stream} --scale {scale}{root}"
 
 # %% ../../nbs/paper/06_report.ipynb #afdf667f
-def _enough(what: str, d: Difference, votes: list[bool], vote: bool) -> str:
-    "Cast a vote when there are seeds enough; otherwise say so."
-    if d.enough: votes.append(vote)
-    return what + ("" if d.enough else f" ({_seeds(d.n)}, not counted)")
+def _short(n: int) -> str:
+    "What is said of a comparison with fewer seeds than a claim wants."
+    return "" if n >= ENOUGH else f" ({_seeds(n)}, not counted)"
 
 
 def _decided(votes: list[bool], command: str) -> str:
@@ -180,179 +110,266 @@ def _decided(votes: list[bool], command: str) -> str:
     if not votes: raise Missing(command)
     return tally(votes)
 
+
+def _best(runs: dict[str, dict[int, dict]], rivals: Sequence[str]) -> str | None:
+    "The rival with the highest mean score, of those that were run."
+    there = [m for m in rivals if m in runs]
+    return max(there, key=lambda m: mean(scores(runs[m]))) if there else None
+
+
+def _against_best(stream: str, runs: dict, best: str) -> tuple[str, Difference]:
+    "TreeLoRA and the best rival in words, and their difference."
+    ours, theirs = scores(runs["treelora"]), scores(runs[best])
+    d = paired(ours, theirs)
+    return (f"{stream}: {mean(ours):.1f}, best rival {_name(best)} {mean(theirs):.1f}, "
+            f"difference {d}{_short(d.n)}"), d
+
 # %% ../../nbs/paper/06_report.ipynb #e0d54ed5
 def c1(evidence: Evidence) -> Finding:
-    """Holds when TreeLoRA's accuracy is at least the best rival's on every stream of images; partly
-    when on some."""
+    """Holds when TreeLoRA's accuracy is at least the best rival's on every stream of images;
+    partly when on some."""
     votes, words, on = [], [], []
     for stream, runs in _streams(evidence, VISION).items():
-        ours, theirs = scores(runs["treelora"]), {m: scores(runs[m]) for m in RIVALS["vision"] if m in runs}
-        if not theirs: continue
-        best = max(theirs, key=lambda m: mean(theirs[m]))
-        d = paired(ours, theirs[best])
-        words.append(_enough(f"{stream}: {mean(ours):.1f}, best rival {_name(best)} {mean(theirs[best]):.1f}, difference {d}", d, votes, d.at_least))
-        if "treelora-branch" in runs: words.append(f"this project's form {paired(scores(runs['treelora-branch']), theirs[best])}")
+        best = _best(runs, RIVALS["vision"])
+        if not best: continue
+        said, d = _against_best(stream, runs, best)
+        if d.enough: votes.append(d.at_least)
+        words.append(said)
+        if "treelora-branch" in runs:
+            own = paired(scores(runs["treelora-branch"]), scores(runs[best]))
+            words.append(f"this project's form {own}")
         on.append(_on(stream, runs["treelora"]))
     return Finding(_decided(votes, _compare(DIGITS)), "; ".join(words), "; ".join(on))
 
 # %% ../../nbs/paper/06_report.ipynb #rep0054
 def c3(evidence: Evidence) -> Finding:
-    """Two parts: the best OP, and the lowest BWT, of the rivals of Tab. 3 (FIX, which learns nothing, has no BWT to compare). A part is refuted when a rival is better by more than the margin
-    on at least two common seeds, and confirmed when TreeLoRA is at least as good as each and all rivals have three. Holds when both are confirmed, fails when both are refuted."""
+    """Two parts: the best OP, and the lowest BWT, of the rivals of Tab. 3 (FIX, which learns
+    nothing, has no BWT to compare). A part is refuted when a rival is better by more than
+    the margin on at least two common seeds, and confirmed when TreeLoRA is at least as good
+    as each and all rivals have three. Holds when both are confirmed, fails when both are
+    refuted."""
     runs = evidence.runs(TEXT)
     if "treelora" not in runs: raise Missing(_compare(TEXT))
-    states, words = zip(*(_best_of_all(runs, score, sign) for score, sign in (("op", 1), ("bwt", -1))))
-    own = f"; this project's form: OP {mean(scores(runs['treelora-branch'])):.1f}, BWT {abs(mean(scores(runs['treelora-branch'], 'bwt'))):.1f}" if "treelora-branch" in runs else ""
-    verdict = HOLDS if all(s is True for s in states) else FAILS if all(s is False for s in states) else PARTLY
-    return Finding(verdict, "; ".join(words) + own, _on(TEXT, runs["treelora"]))
+    states, words = zip(*(_best_of_all(runs, *part) for part in (("op", 1), ("bwt", -1))))
+    if "treelora-branch" in runs: words += (_own_form(runs["treelora-branch"]),)
+    verdict = HOLDS if all(s is True for s in states) else PARTLY
+    if all(s is False for s in states): verdict = FAILS
+    return Finding(verdict, "; ".join(words), _on(TEXT, runs["treelora"]))
 
-
-def _best_of_all(runs: dict[str, dict[int, dict]], score: str, sign: int) -> tuple[bool | None, str]:
-    """Whether TreeLoRA has the best score of all on text (None: neither shown nor refuted), in a
-    word and in words; `sign` is -1 where less is better."""
-    ours, rivals = scores(runs["treelora"], score), [m for m in RIVALS["language"] if m in runs and (score, m) != ("bwt", "fix")]
-    against = {m: paired({s: sign * x for s, x in ours.items()}, {s: sign * x for s, x in scores(runs[m], score).items()}) for m in rivals}
+# %% ../../nbs/paper/06_report.ipynb #rep0154
+def _best_of_all(
+    runs: dict[str, dict[int, dict]],
+    score: str,
+    sign: int,  # -1 where less is better
+) -> tuple[bool | None, str]:  # confirmed, refuted or neither; in words
+    "Whether TreeLoRA has the best score of all on text."
+    rivals = [m for m in RIVALS["language"] if m in runs and (score, m) != ("bwt", "fix")]
+    of = lambda m: {s: sign * x for s, x in scores(runs[m], score).items()}
+    against = {m: paired(of("treelora"), of(m)) for m in rivals}
     better = [m for m, d in against.items() if d.below]
-    state = False if better else True if all(d.enough and d.at_least for d in against.values()) else None
-    named = ", ".join(f"{_name(m)} {mean(scores(runs[m], score)):.1f} on {_seeds(against[m].n)}" for m in better)
-    return state, f"{score.upper()} {mean(ours):.1f}; better: {named or 'none'}"
+    state = True if all(d.enough and d.at_least for d in against.values()) else None
+    has = {m: mean(scores(runs[m], score)) for m in ("treelora", *better)}
+    named = ", ".join(f"{_name(m)} {has[m]:.1f} on {_seeds(against[m].n)}" for m in better)
+    words = f"{score.upper()} {has['treelora']:.1f}; better: {named or 'none'}"
+    return False if better else state, words
+
+# %% ../../nbs/paper/06_report.ipynb #rep0202
+def _own_form(runs: dict[int, dict]) -> str:
+    "Both scores of this project's form."
+    op, bwt = mean(scores(runs)), abs(mean(scores(runs, "bwt")))
+    return f"this project's form: OP {op:.1f}, BWT {bwt:.1f}"
 
 # %% ../../nbs/paper/06_report.ipynb #14235896
 def c17(evidence: Evidence) -> Finding:
-    """Parts: TreeLoRA's score is above InfLoRA's on each stream of images, above SAPT's and above TaSL's on text, three seeds each, and all that at 13B. A part that was not run, or with fewer seeds, counts as not
-    shown, so that without a 13B model this holds partly at best."""
+    """Parts: TreeLoRA's score is above InfLoRA's on each stream of images, above SAPT's and
+    above TaSL's on text, three seeds each, and all that at 13B. A part that was not run, or
+    with fewer seeds, counts as not shown, so that without a 13B model this holds partly at
+    best."""
     votes, words, on = [], [], []
     for stream, runs in _streams(evidence, (*VISION, TEXT)).items():
         on.append(_on(stream, runs["treelora"]))
         for m in (m for m in ("inflora", "sapt", "tasl") if m in runs):
             d = paired(scores(runs["treelora"]), scores(runs[m]))
             votes.append(d.enough and d.above)
-            words.append(f"{stream}, over {_name(m)}: {d}" + ("" if d.enough else f" ({_seeds(d.n)}, not counted)"))
+            words.append(f"{stream}, over {_name(m)}: {d}{_short(d.n)}")
     at_13b = False  # no model of that size was run
-    return Finding(_decided(votes and [*votes, at_13b], _compare(DIGITS)), "; ".join(words) + "; no 13B model was run", "; ".join(on))
+    verdict = _decided(votes and [*votes, at_13b], _compare(DIGITS))
+    return Finding(verdict, "; ".join([*words, "no 13B model was run"]), "; ".join(on))
 
 # %% ../../nbs/paper/06_report.ipynb #3dbc6746
 def c18(evidence: Evidence) -> Finding:
-    """Counts the rivals whose final score TreeLoRA exceeds by more than a fifth of it, and by the
-    margin more than that, of those with three seeds. Holds when there are two or more beside
-    SeqLoRA on every stream; partly when on some."""
+    """Counts the rivals whose final score TreeLoRA exceeds by more than a fifth of it, and
+    by the margin more than that, of those with three seeds. Holds when there are two or more
+    beside SeqLoRA on every stream; partly when on some."""
     votes, words, on = [], [], []
     for stream, runs in _streams(evidence, (*VISION, TEXT)).items():
         if len(runs["treelora"]) < ENOUGH: continue
-        ours, kind = scores(runs["treelora"]), "language" if stream == TEXT else "vision"
-        gains = {m: 100 * (mean(ours) / mean(scores(runs[m])) - 1) for m in RIVALS[kind] if len(runs.get(m, ())) >= ENOUGH}
-        large = [m for m in gains if paired(ours, {s: 1.2 * x for s, x in scores(runs[m]).items()}).above]
-        words.append(f"{stream}: over {', '.join(f'{_name(m)} {gains[m]:+.0f} %' for m in large) or 'none'} of {len(gains)}")
+        gains, large = _large_gains(runs, "language" if stream == TEXT else "vision")
+        named = ", ".join(f"{_name(m)} {gains[m]:+.0f} %" for m in large) or "none"
+        words.append(f"{stream}: over {named} of {len(gains)}")
         votes.append(len(set(large) - {"seqlora"}) >= 2)
         on.append(_on(stream, runs["treelora"]))
-    return Finding(_decided(votes, _compare(DIGITS)), "more than 20 % relative gain, " + "; ".join(words), "; ".join(on))
+    found = "more than 20 % relative gain, " + "; ".join(words)
+    return Finding(_decided(votes, _compare(DIGITS)), found, "; ".join(on))
+
+# %% ../../nbs/paper/06_report.ipynb #rep0203
+def _large_gains(runs: dict, kind: str) -> tuple[dict[str, float], list[str]]:
+    "Relative gains over the rivals in per cent, and the rivals with more than 20 of them."
+    ours = scores(runs["treelora"])
+    rivals = [m for m in RIVALS[kind] if len(runs.get(m, ())) >= ENOUGH]
+    gains = {m: 100 * (mean(ours) / mean(scores(runs[m])) - 1) for m in rivals}
+    more = lambda m: {s: 1.2 * x for s, x in scores(runs[m]).items()}
+    return gains, [m for m in rivals if paired(ours, more(m)).above]
 
 # %% ../../nbs/paper/06_report.ipynb #rep0061
-def _speedups(rows: list[dict], form: str, rival: str) -> list[tuple[tuple[str, ...], float, bool, int]]:
-    """For each set of savings of a form: the rival's time, without savings, over its own (median
-    over seeds); whether it is as accurate; seeds."""
+def _speedups(
+    rows: list[dict],
+    form: str,
+    rival: str,
+) -> list[tuple[tuple[str, ...], float, bool, int]]:  # savings, ratio, as accurate, seeds
+    """For each set of savings of a form: the rival's time, without savings, over its own
+    (median over seeds); whether it is as accurate; seeds."""
     groups: dict = {}
-    for r in rows: groups.setdefault((r["method"], tuple(r["savings"])), {})[r["seed"]] = r
+    for r in rows:
+        groups.setdefault((r["method"], tuple(r["savings"])), {})[r["seed"]] = r
     base, found = groups.get((rival, ()), {}), []
     for (method, savings), own in groups.items():
         both = [s for s in own if s in base]
         if method != form or not both: continue
-        d = paired({s: 100 * own[s]["op"] for s in both}, {s: 100 * base[s]["op"] for s in both})
-        found.append((savings, float(np.median([time_ratio(base[s], own[s]) for s in both])), d.at_least, d.n))
+        op = lambda rows: {s: 100 * rows[s]["op"] for s in both}
+        d = paired(op(own), op(base))
+        ratio = float(np.median([time_ratio(base[s], own[s]) for s in both]))
+        found.append((savings, ratio, d.at_least, d.n))
     return found
+
+# %% ../../nbs/paper/06_report.ipynb #rep0161
+def _faster(evidence: Evidence, stream: str, rival: str, factor: float) -> Finding:
+    """Holds when a form of TreeLoRA without further savings is `factor` times faster than
+    the rival and as accurate; partly when it is with savings, which the rival could have as
+    well; fails when it never is."""
+    command = _time_command(stream)
+    table = evidence.rows(f"{stream}/time.json", command)
+    every = [(form, *x) for form in ("treelora", "treelora-branch")
+             for x in _speedups(table["rows"], form, rival) if x[3] >= ENOUGH]
+    if not every: raise Missing(command)
+    less = {True: "", False: " (less accurate)"}
+    words = [f"{_name(form)}, equal settings: {ratio:.2f}x{less[accurate]}"
+             for form, savings, ratio, accurate, _ in every if not savings]
+    good = [(ratio, form, savings) for form, savings, ratio, accurate, _ in every if accurate]
+    if good:
+        ratio, form, savings = max(good)
+        saved = ", ".join(savings) or "no savings"
+        words.append(f"best as accurate: {ratio:.1f}x, {_name(form)} ({saved})")
+    fast = [savings for ratio, _, savings in good if ratio >= factor]
+    verdict = FAILS if not fast else HOLDS if () in fast else PARTLY
+    on = f"{stream}, {_seeds(ENOUGH)}, {_on_rows(table)}{_steps_alone(table['rows'])}"
+    return Finding(verdict, f"time of {_name(rival)} over its own: " + "; ".join(words), on)
+
+# %% ../../nbs/paper/06_report.ipynb #rep0162
+def _time_command(stream: str) -> str:
+    "The command that measures times."
+    module = "treelora.experiments.training_time"
+    return f'python -c "from {module} import measure_time; measure_time({stream!r})"'
+
+
+def _on_rows(table: dict) -> str:
+    "The device of a table of rows, and what is said of rows without a data hash."
+    return f"{_device(table)}{_before(table['rows'])}"
 
 
 def _steps_alone(rows: Sequence[dict]) -> str:
     "What a finding adds when its times leave out the tasks' ends."
     return ", times of the steps alone" if timed(rows) else ""
 
-
-def _faster(evidence: Evidence, stream: str, rival: str, factor: float, forms: Sequence[str] = ("treelora", "treelora-branch")) -> Finding:
-    """Holds when a form of TreeLoRA without further savings is `factor` times faster than the rival and as accurate; partly when it is with savings, which the rival could have as well;
-    fails when it never is."""
-    command = f'python -c "from treelora.experiments.training_time import measure_time; measure_time({stream!r})"'
-    table = evidence.rows(f"{stream}/time.json", command)
-    every = {form: [x for x in _speedups(table["rows"], form, rival) if x[3] >= ENOUGH] for form in forms}
-    if not any(every.values()): raise Missing(command)
-    words = [f"{_name(form)}, equal settings: {ratio:.2f}x" + ("" if accurate else " (less accurate)") for form, found in every.items() for savings, ratio, accurate, _ in found if not savings]
-    best = max(((ratio, form, savings) for form, found in every.items() for savings, ratio, accurate, _ in found if accurate), default=None)
-    if best: words.append(f"best as accurate: {best[0]:.1f}x, {_name(best[1])} ({', '.join(best[2]) or 'no savings'})")
-    plain = any(ratio >= factor and accurate and not savings for found in every.values() for savings, ratio, accurate, _ in found)
-    verdict = HOLDS if plain else PARTLY if best and best[0] >= factor else FAILS
-    return Finding(verdict, f"time of {_name(rival)} over its own: " + "; ".join(words), f"{stream}, {_seeds(ENOUGH)}, {_device(table)}{_before(table['rows'])}{_steps_alone(table['rows'])}")
-
 # %% ../../nbs/paper/06_report.ipynb #e161dd92
 def c2(evidence: Evidence) -> Finding:
-    """On images against HiDeLoRA. Holds when 3.2 times faster at equal settings and accuracy;
-    partly when only with savings that a rival could have as well. Photographs, which were run at
-    equal settings alone, are shown beside it."""
+    """On images against HiDeLoRA. Holds when 3.2 times faster at equal settings and
+    accuracy; partly when only with savings that a rival could have as well. Photographs,
+    which were run at equal settings alone, are shown beside it."""
     found = _faster(evidence, DIGITS, "hidelora", 3.2)
     words = [_beside(_runs_if_any(evidence, stream, "small"), stream) for stream in PHOTOS]
     return replace(found, found="; ".join(filter(None, [found.found, *words])))
 
-
+# %% ../../nbs/paper/06_report.ipynb #rep0204
 def _beside(runs: dict[str, dict[int, dict]], stream: str) -> str:
     "HiDeLoRA's training time over TreeLoRA's at equal epochs, with the difference in score."
     if not {"treelora", "hidelora"} <= set(runs): return ""
     ours, theirs = runs["treelora"], runs["hidelora"]
-    seconds = lambda found: float(np.median([training_seconds(r["seconds"]) for r in found.values()]))
+    seconds = lambda found: np.median([training_seconds(r["seconds"]) for r in found.values()])
     gap = paired(scores(ours), scores(theirs))
     return f"{stream}, equal settings: {seconds(theirs) / seconds(ours):.2f}x, score {gap}"
 
-
+# %% ../../nbs/paper/06_report.ipynb #rep0205
 def c4(evidence: Evidence) -> Finding:
-    """On text against O-LoRA. Holds when 2.4 times faster at equal settings and accuracy; partly
-    when only with savings, such as fewer epochs, that a rival could have as well."""
+    """On text against O-LoRA. Holds when 2.4 times faster at equal settings and accuracy;
+    partly when only with savings, such as fewer epochs, that a rival could have as well."""
     return _faster(evidence, TEXT, "olora", 2.4)
 
 # %% ../../nbs/paper/06_report.ipynb #e6ca3dc4
 def c5(evidence: Evidence) -> Finding:
-    """Two parts, on images: with a fifth of the epochs TreeLoRA keeps 99 % of its accuracy (the paper: 87.73 of 88.54), and it keeps a larger share than HiDeLoRA, which has the same decomposition and no tree.
-    Holds when both are so on every stream; partly when some are."""
+    """Two parts, on images: with a fifth of the epochs TreeLoRA keeps 99 % of its accuracy
+    (the paper: 87.73 of 88.54), and it keeps a larger share than HiDeLoRA, which has the
+    same decomposition and no tree. Holds when both are so on every stream; partly when some
+    are."""
     votes, words, on = [], [], []
-    short = _streams(evidence, VISION, ("treelora", "hidelora"), "/one-epoch")
-    for stream, runs in _streams(evidence, tuple(short), ("treelora", "hidelora")).items():
-        kept = {m: {s: 100 * x / scores(runs[m])[s] for s, x in scores(short[stream][m]).items() if s in runs[m]} for m in ("treelora", "hidelora")}
-        d = paired(kept["treelora"], kept["hidelora"])
-        words.append(f"{stream}: keeps {mean(kept['treelora']):.1f} %, HiDeLoRA {mean(kept['hidelora']):.1f} %" + ("" if d.enough else f" ({_seeds(d.n)}, not counted)"))
-        if d.enough: votes += [mean(kept["treelora"]) >= 99, d.above]
+    both = ("treelora", "hidelora")
+    short = _streams(evidence, VISION, both, "/one-epoch")
+    for stream, runs in _streams(evidence, tuple(short), both).items():
+        ours, theirs = (_share_kept(runs[m], short[stream][m]) for m in both)
+        d = paired(ours, theirs)
+        if d.enough: votes += [mean(ours) >= 99, d.above]
+        words.append(f"{stream}: keeps {mean(ours):.1f} %, HiDeLoRA {mean(theirs):.1f} %"
+                     f"{_short(d.n)}")
         on.append(_on(stream, runs["treelora"]))
-    return Finding(_decided(votes, _compare(DIGITS)), "one epoch for five, " + "; ".join(words), "; ".join(on))
+    found = "one epoch for five, " + "; ".join(words)
+    return Finding(_decided(votes, _compare(DIGITS)), found, "; ".join(on))
+
+# %% ../../nbs/paper/06_report.ipynb #rep0206
+def _share_kept(whole: dict[int, dict], short: dict[int, dict]) -> dict[int, float]:
+    "Score of the short runs in per cent of the whole ones', seed by seed."
+    of = scores(whole)
+    return {s: 100 * x / of[s] for s, x in scores(short).items() if s in of}
 
 # %% ../../nbs/paper/06_report.ipynb #cee49037
+def c6(evidence: Evidence) -> Finding:
+    """How many samples of the last task bring its accuracy to 90 % of what plain LoRA ends
+    with. Two parts, on images: TreeLoRA needs at most half of plain LoRA's, and no more than
+    HiDeLoRA, which has the same decomposition and no tree. Holds when both are so on every
+    stream; partly when some are."""
+    votes, words, on, three = [], [], [], ("treelora", "seqlora", "hidelora")
+    for stream, runs in _streams(evidence, VISION, three).items():
+        if not all(r["curves"] for m in three for r in runs[m].values()): continue
+        last = [r["curves"][-1]["accuracy"][-1] for r in runs["seqlora"].values()]
+        level, seeds = 0.9 * float(np.mean(last)), min(len(runs[m]) for m in three)
+        ours, plain, hide = (_samples_to(runs[m], level) for m in three)
+        if seeds >= ENOUGH: votes += [ours <= plain / 2, ours <= hide]
+        words.append(f"{stream}, {100 * level:.0f} % after: TreeLoRA {ours:,}, "
+                     f"SeqLoRA {plain:,}, HiDeLoRA {hide:,}{_short(seeds)}")
+        on.append(_on(stream, runs["treelora"]))
+    verdict = _decided(votes, "treelora figures --run vision")
+    return Finding(verdict, "samples of the last task; " + "; ".join(words), "; ".join(on))
+
+# %% ../../nbs/paper/06_report.ipynb #rep0207
 def _samples_to(runs: dict[int, dict], level: float) -> float:
-    """Samples of the last task after which the seeds' mean accuracy on it first reaches a level;
-    infinite when it never does."""
+    """Samples of the last task after which the seeds' mean accuracy on it first reaches a
+    level; infinite when it never does."""
     curves = [r["curves"][-1] for r in runs.values()]
     accuracy = np.mean([c["accuracy"] for c in curves], axis=0)
     return next((n for n, a in zip(curves[0]["samples"], accuracy) if a >= level), math.inf)
 
-
-def c6(evidence: Evidence) -> Finding:
-    """How many samples of the last task bring its accuracy to 90 % of what plain LoRA ends with. Two parts, on images: TreeLoRA needs at most half of plain LoRA's, and no more than HiDeLoRA, which has the same
-    decomposition and no tree. Holds when both are so on every stream; partly when some are."""
-    votes, words, on = [], [], []
-    for stream, runs in _streams(evidence, VISION, ("treelora", "seqlora", "hidelora")).items():
-        if not all(r["curves"] for m in ("treelora", "seqlora", "hidelora") for r in runs[m].values()): continue
-        level = 0.9 * float(np.mean([r["curves"][-1]["accuracy"][-1] for r in runs["seqlora"].values()]))
-        n = {m: _samples_to(runs[m], level) for m in ("treelora", "seqlora", "hidelora")}
-        seeds = min(len(runs[m]) for m in n)
-        if seeds >= ENOUGH: votes += [n["treelora"] <= n["seqlora"] / 2, n["treelora"] <= n["hidelora"]]
-        words.append(f"{stream}, {100 * level:.0f} % after: TreeLoRA {n['treelora']:,}, SeqLoRA {n['seqlora']:,}, HiDeLoRA {n['hidelora']:,}" + ("" if seeds >= ENOUGH else f" ({_seeds(seeds)}, not counted)"))
-        on.append(_on(stream, runs["treelora"]))
-    return Finding(_decided(votes, "treelora figures --run vision"), "samples of the last task; " + "; ".join(words), "; ".join(on))
-
 # %% ../../nbs/paper/06_report.ipynb #rep0071
-def _ablation(evidence: Evidence, name: str, method: str = "treelora") -> tuple[dict[str, dict[int, float]], str]:
-    """Score by label and seed of an ablation on the digits, and on what it ran. Raises `Missing`
-    when it was not run with three seeds."""
+def _ablation(
+    evidence: Evidence, name: str, method: str = "treelora",
+) -> tuple[dict[str, dict[int, float]], str]:
+    """Score by label and seed of an ablation on the digits, and on what it ran. Raises
+    `Missing` when it was not run with three seeds."""
     table = evidence.rows(f"{DIGITS}/ablations.json", _ablate(name))
+    rows = [r for r in table["rows"] if (r["ablation"], r["method"]) == (name, method)]
     found: dict = {}
-    for r in table["rows"]:
-        if (r["ablation"], r["method"]) == (name, method): found.setdefault(r["label"], {})[r["seed"]] = 100 * r["op"]
+    for r in rows: found.setdefault(r["label"], {})[r["seed"]] = 100 * r["op"]
     found = {label: row for label, row in found.items() if len(row) >= ENOUGH}
     if not found: raise Missing(_ablate(name))
-    return found, f"{DIGITS}, {_seeds(min(map(len, found.values())))}, {_device(table)}{_before(table['rows'])}"
+    return found, f"{DIGITS}, {_seeds(min(map(len, found.values())))}, {_on_rows(table)}"
 
 
 def _ablate(name: str) -> str:
@@ -366,93 +383,128 @@ def _number(label: str) -> float:
 
 # %% ../../nbs/paper/06_report.ipynb #040da1aa
 def c7(evidence: Evidence) -> Finding:
-    """Two parts: the penalty with a random search is above no penalty, and the LCB search above the
-    random one. Holds when both are, partly when one is."""
+    """Two parts: the penalty with a random search is above no penalty, and the LCB search
+    above the random one. Holds when both are, partly when one is."""
     found, on = _ablation(evidence, "parts")
-    try: none, random, lcb = (found[label] for label in ("no penalty, no search", "penalty, random search", "penalty, LCB search"))
-    except KeyError: raise Missing(_ablate("parts")) from None
+    labels = "no penalty, no search", "penalty, random search", "penalty, LCB search"
+    if not set(labels) <= set(found): raise Missing(_ablate("parts"))
+    none, random, lcb = (found[label] for label in labels)
     penalty, search = paired(random, none), paired(lcb, random)
-    return Finding(tally([penalty.above, search.above]), f"penalty with random search: {penalty}; LCB search on top: {search}", on)
+    words = f"penalty with random search: {penalty}; LCB search on top: {search}"
+    return Finding(tally([penalty.above, search.above]), words, on)
 
 # %% ../../nbs/paper/06_report.ipynb #44d26201
 def c8(evidence: Evidence) -> Finding:
-    """Two parts: over lambda from 0.1 to 1, and over the learning rate from 0.003 to 0.007, the
-    mean accuracy varies by at most one point. Holds when both are so, partly when one is."""
+    """Two parts: over lambda from 0.1 to 1, and over the learning rate from 0.003 to 0.007,
+    the mean accuracy varies by at most one point. Holds when both are so, partly when one
+    is."""
     ranges, on = {}, ""
     for name, low, high in (("lambda", 0.1, 1.0), ("rate", 0.003, 0.007)):
         found, on = _ablation(evidence, name)
         means = [mean(row) for label, row in found.items() if low <= _number(label) <= high]
         if len(means) < 2: raise Missing(_ablate(name))
         ranges[name] = max(means) - min(means)
-    words = f"accuracy varies by {ranges['lambda']:.1f} points over lambda 0.1 to 1, by {ranges['rate']:.1f} over the learning rate 0.003 to 0.007"
+    words = (f"accuracy varies by {ranges['lambda']:.1f} points over lambda 0.1 to 1, by "
+             f"{ranges['rate']:.1f} over the learning rate 0.003 to 0.007")
     return Finding(tally([r <= 1 for r in ranges.values()]), words, on)
 
 # %% ../../nbs/paper/06_report.ipynb #6db6e8f3
 def c9(evidence: Evidence) -> Finding:
-    """The score by the number of adapted blocks, on images (the paper's are language models). Holds
-    when each step to more blocks is above the one before; partly when only the last is above the
-    first."""
+    """The score by the number of adapted blocks, on images (the paper's are language
+    models). Holds when each step to more blocks is above the one before; partly when only
+    the last is above the first."""
     found, on = _ablation(evidence, "depth")
     ordered = sorted(found, key=_number)
     if len(ordered) < 2: raise Missing(_ablate("depth"))
     steps = [paired(found[b], found[a]) for a, b in zip(ordered, ordered[1:])]
     whole = paired(found[ordered[-1]], found[ordered[0]])
     verdict = FAILS if not whole.above else HOLDS if all(d.above for d in steps) else PARTLY
-    return Finding(verdict, "adapted blocks, " + ", ".join(f"{_number(label):.0f}: {mean(found[label]):.1f}" for label in ordered) + f"; last over first {whole}", on)
+    blocks = ", ".join(f"{_number(x):.0f}: {mean(found[x]):.1f}" for x in ordered)
+    return Finding(verdict, f"adapted blocks, {blocks}; last over first {whole}", on)
 
 # %% ../../nbs/paper/06_report.ipynb #rep0081
 def c10(evidence: Evidence) -> Finding:
-    """On six languages, whose families are known: the share of triples on which a tree has the same closest pair as the family tree (chance: a third). Holds when it is two thirds or more for the last tree of the
-    paper's form (`l1` cuts, from the input); partly when only for that of this project's form (`axis` cuts, from the output).
-    A tree that no run used, made afterwards from gradients that were all taken from the same start, is shown beside them and not counted."""
+    """On six languages, whose families are known: the share of triples on which a tree has
+    the same closest pair as the family tree (chance: a third). Holds when it is two thirds
+    or more for the last tree of the paper's form (`l1` cuts, from the input); partly when
+    only for that of this project's form (`axis` cuts, from the output). A tree that no run
+    used, made afterwards from gradients that were all taken from the same start, is shown
+    beside them and not counted."""
     runs = evidence.runs(TEXT)
-    if len(runs.get("treelora", ())) < ENOUGH: raise Missing(f"treelora figures --run missing --stream {TEXT}")
-    from treelora.experiments.language import agreement, family_agreement, family_kinship, saved_kinship  # here: the other rules need no models
-    agreed = {m: [agreement(saved_kinship(r), family_kinship, r["tasks"]) for r in runs[m].values() if r["trees"]] for m in ("treelora", "treelora-branch") if m in runs}
-    afterwards = [family_agreement(r)["grad", "near output"] for r in runs.get("alone", {}).values() if "gram" in r.get("extra", {})]
-    share = {m: float(np.mean(x)) for m, x in agreed.items() if len(x) >= ENOUGH}
-    if "treelora" not in share: raise Missing(f"treelora figures --run missing --stream {TEXT}")
-    beside = f"; a tree made afterwards, from gradients of the same start near the output, {100 * float(np.mean(afterwards)):.0f} %" if len(afterwards) >= ENOUGH else ""
-    verdict = HOLDS if share["treelora"] >= 2 / 3 else PARTLY if max(share.values()) >= 2 / 3 else FAILS
-    return Finding(verdict, "triples that agree with the language families (chance 33 %): " + ", ".join(f"{_name(m)} {100 * x:.0f} %" for m, x in share.items()) + beside, _on(TEXT, runs["treelora"]))
+    share = _agreements({m: runs.get(m, {}) for m in ("treelora", "treelora-branch")})
+    if "treelora" not in share:
+        raise Missing(f"treelora figures --run missing --stream {TEXT}")
+    verdict = PARTLY if max(share.values()) >= 2 / 3 else FAILS
+    if share["treelora"] >= 2 / 3: verdict = HOLDS
+    words = ", ".join(f"{_name(m)} {100 * x:.0f} %" for m, x in share.items())
+    found = (f"triples that agree with the language families (chance 33 %): {words}"
+             f"{_made_afterwards(runs.get('alone', {}))}")
+    return Finding(verdict, found, _on(TEXT, runs["treelora"]))
+
+# %% ../../nbs/paper/06_report.ipynb #rep0181
+def _agreements(runs: dict[str, dict[int, dict]]) -> dict[str, float]:
+    "Mean share of agreeing triples of each method whose trees were kept on three seeds."
+    # here: the other rules need no models
+    from treelora.experiments.language import agreement, family_kinship, saved_kinship
+    share = lambda r: agreement(saved_kinship(r), family_kinship, r["tasks"])
+    found = {m: [share(r) for r in own.values() if r["trees"]] for m, own in runs.items()}
+    return {m: float(np.mean(x)) for m, x in found.items() if len(x) >= ENOUGH}
+
+# %% ../../nbs/paper/06_report.ipynb #rep0208
+def _made_afterwards(runs: dict[int, dict]) -> str:
+    "The same for a tree of gradients that were all taken from one start, in words."
+    from treelora.experiments.language import family_agreement
+    found = [family_agreement(r)["grad", "near output"] for r in runs.values()
+             if "gram" in r.get("extra", {})]
+    if len(found) < ENOUGH: return ""
+    return ("; a tree made afterwards, from gradients of the same start near the output, "
+            f"{100 * float(np.mean(found)):.0f} %")
 
 # %% ../../nbs/paper/06_report.ipynb #b94cf90a
-def _more_gain(related: dict[str, dict[int, dict]], other: dict[str, dict[int, dict]]) -> Difference:
-    "How much larger TreeLoRA's gain over SeqLoRA is on one stream than on another, seed by seed."
-    gain = lambda runs: {s: x - scores(runs["seqlora"])[s] for s, x in scores(runs["treelora"]).items() if s in runs["seqlora"]}
-    return paired(gain(related), gain(other))
-
-
 def c11(evidence: Evidence) -> Finding:
-    """Holds when TreeLoRA's gain over SeqLoRA is above that on TRACE on Math-LLM, whose tasks are
-    related, three seeds each; on Math-LLM alone, partly when there is a gain."""
+    """Holds when TreeLoRA's gain over SeqLoRA is above that on TRACE on Math-LLM, whose
+    tasks are related, three seeds each; on Math-LLM alone, partly when there is a gain."""
     for scale in ("small", "quick"):
         found = {s: _runs_if_any(evidence, s, scale) for s in ("math-llm", "trace")}
-        gains = {s: paired(scores(runs["treelora"]), scores(runs["seqlora"])) for s, runs in found.items() if {"treelora", "seqlora"} <= set(runs)}
-        gains = {s: d for s, d in gains.items() if d.enough}
-        if "math-llm" not in gains: continue
-        words = "TreeLoRA over SeqLoRA: " + ", ".join(f"{stream} {d}" for stream, d in gains.items())
-        if "trace" in gains: verdict = tally([_more_gain(found["math-llm"], found["trace"]).above])
-        else: verdict, words = (PARTLY if gains["math-llm"].above else FAILS), words + "; TRACE not run with enough seeds"
-        return Finding(verdict, words, f"{scale} scale, {_on('math-llm', found['math-llm']['treelora'])}")
+        both = [s for s, runs in found.items() if {"treelora", "seqlora"} <= set(runs)]
+        gains = {s: _gains(found[s]) for s in both}
+        over = {s: paired(x, dict.fromkeys(x, 0.0)) for s, x in gains.items()}
+        over = {s: d for s, d in over.items() if d.enough}
+        if "math-llm" not in over: continue
+        words = "TreeLoRA over SeqLoRA: " + ", ".join(f"{s} {d}" for s, d in over.items())
+        if "trace" in over:
+            verdict = tally([paired(gains["math-llm"], gains["trace"]).above])
+        else:
+            verdict = PARTLY if over["math-llm"].above else FAILS
+            words += "; TRACE not run with enough seeds"
+        on = _on("math-llm", found["math-llm"]["treelora"])
+        return Finding(verdict, words, f"{scale} scale, {on}")
     raise Missing(_compare("math-llm", "small"))
+
+# %% ../../nbs/paper/06_report.ipynb #rep0209
+def _gains(runs: dict[str, dict[int, dict]]) -> dict[int, float]:
+    "TreeLoRA's score less SeqLoRA's, seed by seed."
+    plain = scores(runs["seqlora"])
+    return {s: x - plain[s] for s, x in scores(runs["treelora"]).items() if s in plain}
 
 # %% ../../nbs/paper/06_report.ipynb #fee72ddc
 def c14(evidence: Evidence) -> Finding:
-    """Holds when TreeLoRA's score is at least the best rival's on the stream of 15 tasks and on
-    each of the six O-LoRA orders, three seeds each; partly when on some of them, or on all of those
-    that were run."""
+    """Holds when TreeLoRA's score is at least the best rival's on the stream of 15 tasks and
+    on each of the six O-LoRA orders, three seeds each; partly when on some of them, or on
+    all of those that were run."""
     streams = ("long-15", *(f"cl-benchmark-{k}" for k in range(1, 7)))
     for scale in ("small", "quick"):
         votes, words, on = [], [], []
         for stream, runs in ((s, _runs_if_any(evidence, s, scale)) for s in streams):
-            theirs = {m: scores(runs[m]) for m in RIVALS["language"] if m in runs}
-            if not theirs or "treelora" not in runs: continue
-            best = max(theirs, key=lambda m: mean(theirs[m]))
-            d = paired(scores(runs["treelora"]), theirs[best])
-            words.append(_enough(f"{stream}: {mean(scores(runs['treelora'])):.1f}, best rival {_name(best)} {mean(theirs[best]):.1f}, difference {d}", d, votes, d.at_least))
+            best = _best(runs, RIVALS["language"])
+            if not best or "treelora" not in runs: continue
+            said, d = _against_best(stream, runs, best)
+            if d.enough: votes.append(d.at_least)
+            words.append(said)
             on.append(f"{scale} scale, {_on(stream, runs['treelora'])}")
-        if votes: return Finding(PARTLY if all(votes) and len(votes) < len(streams) else tally(votes), "; ".join(words), "; ".join(on))
+        if not votes: continue
+        verdict = PARTLY if all(votes) and len(votes) < len(streams) else tally(votes)
+        return Finding(verdict, "; ".join(words), "; ".join(on))
     raise Missing(_compare("long-15", "small"))
 
 # %% ../../nbs/paper/06_report.ipynb #rep0091
@@ -463,106 +515,143 @@ def run_counts(
     "Count bytes and operations, and write them down."
     import torch  # here and below: reading results needs no torch
     from treelora.learner import where
-    rows = [{"what": "bytes", "tasks": n} | row for n, row in _count_bytes(tasks).items()] + _count_operations()
+    rows = [{"what": "bytes", "tasks": n} | row for n, row in _count_bytes(tasks).items()]
     path = Path(results) / "theory" / "counts.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows} | where(torch.device("cpu")), indent=1) + "\n", encoding="utf-8")
+    content = {"rows": rows + _count_operations()} | where(torch.device("cpu"))
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 # %% ../../nbs/paper/06_report.ipynb #da4f9df3
 def _count_bytes(tasks: Sequence[int]) -> dict[int, dict]:
-    """What `TreeLoRA` keeps on the training device, beside the model, and what in its bank, as
-    tasks add up."""
+    """What `TreeLoRA` keeps on the training device, beside the model, and what in its bank,
+    as tasks add up."""
     import torch
     from torch import nn
     from treelora.algorithm import TreeLoRA
     from treelora.lora import add_lora
     torch.manual_seed(0)
-    model = add_lora(nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))), [str(i) for i in range(4)], 4, 4)
+    layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    model = add_lora(layers, [str(i) for i in range(4)], 4, 4)
     tl, found = TreeLoRA(model), {}
+    adapter = 4 * sum(p.numel() for p in tl.params)
     for k in range(max(tasks)):
         with tl.task(f"task {k}"):
             model(torch.randn(8, 32)).square().mean().backward()
             tl.step()
             device = tl.device_bytes
-        if k + 1 in tasks: found[k + 1] = {"device_bytes": device, "bank_bytes": tl.bank.stored_bytes, "adapter_bytes": 4 * sum(p.numel() for p in tl.params)}
-    return found
+        found[k + 1] = {"device_bytes": device, "bank_bytes": tl.bank.stored_bytes,
+                        "adapter_bytes": adapter}
+    return {n: found[n] for n in tasks}
 
 # %% ../../nbs/paper/06_report.ipynb #0ada4f1b
 def _count_operations() -> list[dict]:
-    """A training step of LLaMA-2-7B's shapes, a token, and what the methods add to it at the 10th
-    task."""
+    """A training step of LLaMA-2-7B's shapes, a token, and what the methods add to it at the
+    10th task."""
     from treelora.theory.complexity import llama_7b, olora_flops, step_flops
     lora = llama_7b()
     weights = sum(p.numel() for p in lora.parameters() if p.requires_grad)
-    return [{"what": "operations", "method": "LoRA", "step": step_flops(lora)["step"], "adapters": 2 * weights},
-            {"what": "operations", "method": "O-LoRA", "adapters": olora_flops(10)["forward"]},
-            {"what": "operations", "method": "TreeLoRA", "adapters": 2 * weights, "own": 4 * weights}]  # a difference and an absolute value for the distance, a difference and a sign for the penalty
+    row = lambda method, **counts: {"what": "operations", "method": method} | counts
+    return [row("LoRA", step=step_flops(lora)["step"], adapters=2 * weights),
+            row("O-LoRA", adapters=olora_flops(10)["forward"]),
+            # a difference and an absolute value for the distance, a difference and a sign for
+            # the penalty
+            row("TreeLoRA", adapters=2 * weights, own=4 * weights)]
 
 # %% ../../nbs/paper/06_report.ipynb #37706d5b
-def _counts(evidence: Evidence, what: str) -> tuple[list[dict], str]:
-    "The rows of one kind."
-    table = evidence.rows("theory/counts.json", 'python -c "from treelora.paper.report import run_counts; run_counts()"')
-    return [r for r in table["rows"] if r["what"] == what], f"counted, {_device(table)}"
-
-
 def c12(evidence: Evidence) -> Finding:
-    """Two parts: what is held on the training device stays the same from the fewest tasks to the
-    most, and so does what is stored. Holds when both do, partly when one does."""
+    """Two parts: what is held on the training device stays the same from the fewest tasks to
+    the most, and so does what is stored. Holds when both do, partly when one does."""
     rows, on = _counts(evidence, "bytes")
     first, last = (pick(rows, key=lambda r: r["tasks"]) for pick in (min, max))
-    kept = _runs_if_any(evidence, TEXT, "quick").get("treelora", {})
-    a_task = [r["memory"]["stored_bytes"] / len(r["tasks"]) / 1e6 for r in kept.values()]
     kb = lambda k: f"{first[k] / 1000:.1f} and {last[k] / 1000:.1f} kB"
-    words = (f"at {first['tasks']} and at {last['tasks']} tasks, with an adapter of {first['adapter_bytes'] / 1000:.1f} kB: on the device {kb('device_bytes')}, stored {kb('bank_bytes')}"
-             + (f"; stored on {TEXT} {np.mean(a_task):.1f} MB per task" if a_task else ""))
-    return Finding(tally([last[k] <= first[k] for k in ("device_bytes", "bank_bytes")]), words, on + "; no GPU's allocator was read")
+    words = (f"at {first['tasks']} and at {last['tasks']} tasks, with an adapter of "
+             f"{first['adapter_bytes'] / 1000:.1f} kB: on the device {kb('device_bytes')}, "
+             f"stored {kb('bank_bytes')}")
+    kept = _runs_if_any(evidence, TEXT, "quick").get("treelora", {}).values()
+    a_task = [r["memory"]["stored_bytes"] / len(r["tasks"]) / 1e6 for r in kept]
+    if a_task: words += f"; stored on {TEXT} {np.mean(a_task):.1f} MB per task"
+    votes = [last[k] <= first[k] for k in ("device_bytes", "bank_bytes")]
+    return Finding(tally(votes), words, on + "; no GPU's allocator was read")
+
+# %% ../../nbs/paper/06_report.ipynb #rep0191
+def _counts(evidence: Evidence, what: str) -> tuple[list[dict], str]:
+    "The rows of one kind."
+    command = 'python -c "from treelora.paper.report import run_counts; run_counts()"'
+    table = evidence.rows("theory/counts.json", command)
+    return [r for r in table["rows"] if r["what"] == what], f"counted, {_device(table)}"
 
 # %% ../../nbs/paper/06_report.ipynb #3988c9c3
 def c13(evidence: Evidence) -> Finding:
-    """Two parts: TreeLoRA's own work is at most a hundredth of a plain LoRA step of 64 tokens, and O-LoRA's step at the 10th task costs ten times as much. Holds when both are so; partly when the tenth is one of the adapters'
-    share alone, without the frozen model that every token goes through."""
+    """Two parts: TreeLoRA's own work is at most a hundredth of a plain LoRA step of 64
+    tokens, and O-LoRA's step at the 10th task costs ten times as much. Holds when both are
+    so; partly when the tenth is one of the adapters' share alone, without the frozen model
+    that every token goes through."""
     rows, on = _counts(evidence, "operations")
-    lora, olora, tree = (next(r for r in rows if r["method"] == m) for m in ("LoRA", "O-LoRA", "TreeLoRA"))
+    by_method = {r["method"]: r for r in rows}
+    lora, olora, tree = (by_method[m] for m in ("LoRA", "O-LoRA", "TreeLoRA"))
     own, share = tree["own"] / (64 * lora["step"]), olora["adapters"] / tree["adapters"]
-    whole = (lora["step"] + 3 * (olora["adapters"] - lora["adapters"])) / lora["step"]
-    words = f"own work {100 * own:.4f} % of a step of 64 tokens; O-LoRA's adapters {share:.0f}x TreeLoRA's, its whole step {whole:.3f}x"
-    return Finding(FAILS if own > 0.01 else HOLDS if whole >= 9 else PARTLY if share >= 9 else FAILS, words, on)
+    more = 3 * (olora["adapters"] - lora["adapters"])  # forward and backward
+    whole = (lora["step"] + more) / lora["step"]
+    words = (f"own work {100 * own:.4f} % of a step of 64 tokens; O-LoRA's adapters "
+             f"{share:.0f}x TreeLoRA's, its whole step {whole:.3f}x")
+    verdict = HOLDS if whole >= 9 else PARTLY if share >= 9 else FAILS
+    return Finding(FAILS if own > 0.01 else verdict, words, on)
 
 # %% ../../nbs/paper/06_report.ipynb #rep0101
 THEORY = 'python -c "from treelora.theory.regret import run_theory; run_theory()"'
 
-
-def _exponent(rows: Sequence[dict], x: str) -> float:
-    "Exponent of the power law of the final regret in x, by least squares on logarithms."
-    return float(np.polyfit(np.log([r[x] for r in rows]), np.log([r["mean"][-1] for r in rows]), 1)[0])
-
-
+# %% ../../nbs/paper/06_report.ipynb #rep0210
 def c15(evidence: Evidence) -> Finding:
-    """Three parts, on games with known gaps: no game exceeds a bound; with the number of good leaves fixed, the tree player's regret grows with N by an exponent below 0.15 (a flat player's by about a half) on both kinds of tree
-    that allow this; at fixed N it grows with the number of good leaves by at most the exponent 0.5. Holds when all are so, partly when some are."""
-    tables = [evidence.rows(f"theory/{name}.json", THEORY) for name in ("sizes", "near", "settings")]
+    """Three parts, on games with known gaps: no game exceeds a bound; with the number of
+    good leaves fixed, the tree player's regret grows with N by an exponent below 0.15 (a
+    flat player's by about a half) on both kinds of tree that allow this; at fixed N it grows
+    with the number of good leaves by at most the exponent 0.5. Holds when all are so, partly
+    when some are."""
+    tables = [evidence.rows(f"theory/{x}.json", THEORY) for x in ("sizes", "near", "settings")]
     sizes, near, settings = (table["rows"] for table in tables)
     checks = [r["check"] for r in (*sizes, *near, *settings) if "check" in r]
-    worst = max(max(c["lemma"], *(c[k]["worst"] for k in ("paper", "redone", "eq2") if k in c)) for c in checks)
-    of = lambda kind, player: _exponent([r for r in sizes if (r["kind"], r["player"]) == (kind, player)], "N")
-    tree, flat, needle = of("lopsided", "BAST"), of("lopsided", "BAST, flat"), of("needle", "BAST")
-    good = _exponent([r for r in near if r["player"] == "BAST"], "near")
-    words = (f"at most {100 * worst:.0f} % of a bound was used ({len(checks)} settings); exponent of N: tree {tree:.2f}, flat {flat:.2f} where the tree is smooth, tree {needle:.2f} on a needle tree; of the good leaves {good:.2f}; "
-             f"in {sum(c['paper']['eta'] is None for c in checks)} settings the flat bound is the smaller one")
-    return Finding(tally([worst <= 1, max(tree, needle) < 0.15 < flat, good <= 0.5]), words, f"planted trees, at least {_seeds(min(t['config']['seeds'] for t in tables))}, {_device(tables[0])}")
+    worst = max(map(_most_used, checks))
+    tree, flat, needle = (_exponent(sizes, "N", *which) for which in (
+        ("BAST", "lopsided"), ("BAST, flat", "lopsided"), ("BAST", "needle")))
+    good = _exponent(near, "near", "BAST")
+    flatter = sum(c["paper"]["eta"] is None for c in checks)
+    words = (f"at most {100 * worst:.0f} % of a bound was used ({len(checks)} settings); "
+             f"exponent of N: tree {tree:.2f}, flat {flat:.2f} where the tree is smooth, tree "
+             f"{needle:.2f} on a needle tree; of the good leaves {good:.2f}; in "
+             f"{flatter} settings the flat bound is the smaller one")
+    seeds = min(t["config"]["seeds"] for t in tables)
+    return Finding(tally([worst <= 1, max(tree, needle) < 0.15 < flat, good <= 0.5]), words,
+                   f"planted trees, at least {_seeds(seeds)}, {_device(tables[0])}")
+
+# %% ../../nbs/paper/06_report.ipynb #rep0211
+def _most_used(check: dict) -> float:
+    "The largest share of a bound that a setting's games used."
+    bounds = [check[k]["worst"] for k in ("paper", "redone", "eq2") if k in check]
+    return max(check["lemma"], *bounds)
+
+# %% ../../nbs/paper/06_report.ipynb #rep0212
+def _exponent(rows: Sequence[dict], x: str, player: str, kind: str | None = None) -> float:
+    "Exponent of the power law of the final regret in x, by least squares on logarithms."
+    own = [r for r in rows if r["player"] == player and kind in (None, r.get("kind"))]
+    slope, _ = np.polyfit(np.log([r[x] for r in own]), np.log([r["mean"][-1] for r in own]), 1)
+    return float(slope)
 
 # %% ../../nbs/paper/06_report.ipynb #59af9482
 def c16(evidence: Evidence) -> Finding:
-    """Time of a round from the smallest to the largest number of tasks. Holds when Eq. 2's grows
-    less than twofold; partly when only that of a bound kept along the path grows less than
-    fivefold."""
-    table = evidence.rows("theory/cost.json", 'python -c "from treelora.theory.complexity import run_cost; run_cost()"')
+    """Time of a round from the smallest to the largest number of tasks. Holds when Eq. 2's
+    grows less than twofold; partly when only that of a bound kept along the path grows less
+    than fivefold."""
+    command = 'python -c "from treelora.theory.complexity import run_cost; run_cost()"'
+    table = evidence.rows("theory/cost.json", command)
     time = {(r["search"], r["N"]): r["round_ms"] for r in table["rows"]}
     low, high = min(n for _, n in time), max(n for _, n in time)
     grows = {s: time[s, high] / time[s, low] for s in ("tree-lcb", "bast")}
     verdict = HOLDS if grows["tree-lcb"] < 2 else PARTLY if grows["bast"] < 5 else FAILS
-    return Finding(verdict, f"from {low:,} to {high:,} tasks a round of Eq. 2 takes {grows['tree-lcb']:.1f}x as long, with bounds kept along the path {grows['bast']:.1f}x; gradients compared in a round: one for each layer", f"64 layers, {_device(table)}")
+    words = (f"from {low:,} to {high:,} tasks a round of Eq. 2 takes "
+             f"{grows['tree-lcb']:.1f}x as long, with bounds kept along the path "
+             f"{grows['bast']:.1f}x; gradients compared in a round: one for each layer")
+    return Finding(verdict, words, f"64 layers, {_device(table)}")
 
 # %% ../../nbs/paper/06_report.ipynb #rep0111
 @dataclass(frozen=True)

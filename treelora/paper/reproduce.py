@@ -20,7 +20,8 @@ import numpy as np
 # %% ../../nbs/paper/09_reproduce.ipynb #84b40627
 from .figures import look
 from .numbers import paper_value
-from .report import SOURCE, Evidence, Missing
+from .evidence import Evidence, Missing
+from .report import SOURCE
 from .statistics import paired, scores
 from .tables import PHOTOS, campaign_of
 

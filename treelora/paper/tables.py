@@ -56,10 +56,11 @@ ROWS = ("ablations.json", "time.json")  # files of rows in a stream's folder, of
 
 @dataclass(frozen=True)
 class Recorded:
-    "What a result, or a row of results, says of the data it is of."
+    "What a result, or a row of results, says of the data and the model that it is of."
     path: Path
     seed: int  # that the data was drawn with
     data: str | None  # hash; None in results from before hashes
+    weights: str | None = None  # of the pre-trained model, likewise
 
 # %% ../../nbs/paper/04_tables.ipynb #9d60015b
 BEFORE = "Made before data hashes were recorded"  # what is said of results without one
@@ -79,14 +80,14 @@ def recorded(
 
 
 @lru_cache(maxsize=4096)
-def _data_of(path: Path, changed: int, size: int) -> tuple[tuple[int, str | None], ...]:
-    "Seed and hash of each result in a file, read once for as long as the file stays the same."
+def _data_of(path: Path, changed: int, size: int) -> tuple[tuple[int, str | None, str | None], ...]:
+    "Seed and hashes of each result in a file, read once for as long as the file stays the same."
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError): return ()
     runs = _part(content, "rows") if path.name in ROWS else [content]
     runs = [r for r in runs if isinstance(r, dict)] if isinstance(runs, list) else []
-    said = [(_data_seed(r), _part(r, "sha256.data")) for r in runs]
-    return tuple((seed, data) for seed, data in said if isinstance(seed, int))
+    said = [(_data_seed(r), _part(r, "sha256.data"), _part(r, "sha256.weights")) for r in runs]
+    return tuple(s for s in said if isinstance(s[0], int))
 
 
 def _data_seed(result: dict) -> int | None:
@@ -101,8 +102,23 @@ def same_data(
     stream: str,
     scale: str = "quick",  # or another budget of it
 ) -> None:
-    "Raise ValueError, naming files, when results are of different data, or only some say of which."
-    _refuse_mixed(recorded(results, stream, scale), stream, scale)
+    """Raise ValueError, naming files, when results are of different data, or only some say of
+    which, or when a folder holds results of different pre-trained weights."""
+    found = recorded(results, stream, scale)
+    _refuse_mixed(found, stream, scale)
+    _refuse_weights(found)
+
+
+def _refuse_weights(found: Sequence[Recorded]) -> None:
+    "Raise ValueError when the results in a folder start from different weights."
+    first: dict[Path, Recorded] = {}
+    for r in (r for r in found if r.weights):
+        known = first.setdefault(r.path.parent, r)
+        if r.weights == known.weights: continue
+        raise ValueError(
+            f"{known.path} started from weights with the hash {known.weights[:12]}, {r.path} from "
+            f"{r.weights[:12]}: they are not compared; run one of them again with the other's "
+            "weights, or move it to another folder.")
 
 
 def _refuse_mixed(found: Sequence[Recorded], stream: str, scale: str) -> None:
