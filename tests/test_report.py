@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from treelora.experiments.photographs import SHARPER
 from treelora.metrics import bwt, op
 from treelora.paper.evidence import Evidence, Missing
+from treelora.paper.figures import look
 from treelora.paper.report import CLAIMS, FAILS, HOLDS, PARTLY, UNTESTED, VERDICTS, Report, judge, report, tally
 from treelora.paper.statistics import paired
 
@@ -61,6 +63,33 @@ def test_every_number_of_readme_stands_in_a_results_file(stream, method, cells):
         assert float(mean) == pytest.approx(np.mean(values), abs=0.51 * 10 ** -digits), f"{head} of {method}"
         if spread: assert float(spread) == pytest.approx(np.std(values, ddof=1), abs=0.51 * 10 ** -digits), f"{head} of {method}"
         else: assert len(values) == 1
+
+
+def photo_rows():
+    "(label, cells) of each row of README's table of photographs."
+    table = re.search(r"\*\*Split CIFAR-100[^*]*\*\*\n\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    head, _, *rows = [[c.strip() for c in line.strip().strip("|").split("|")] for line in table.splitlines()]
+    return [(row[0], dict(zip(head[1:], row[1:]))) for row in rows]
+
+
+def photo_runs(label):
+    "The runs of README's row, by the label that it has there."
+    folder = RESULTS / "split-cifar100" / "small"
+    by_label = {look(p.name.partition("-seed")[0])["label"]: sorted(folder.glob(f"{p.name.partition('-seed')[0]}-seed*.json")) for p in folder.glob("*-seed0.json")}
+    paths = sorted((folder / "directions-16").glob("lda-seed*.json")) if label == SHARPER else by_label[label]
+    return [json.loads(p.read_text()) for p in paths]
+
+
+@pytest.mark.parametrize("label, cells", [pytest.param(*row, id=row[0]) for row in photo_rows()])
+def test_every_number_on_photographs_stands_in_a_results_file(label, cells):
+    runs = photo_runs(label)
+    assert len(runs) == 3
+    values = {"accuracy, %": [100 * op(r["R"]) for r in runs], "minutes": [(r["seconds"]["train"] + r["seconds"]["end_of_task"]) / 60 for r in runs]}
+    if cells["BWT"] != "–": values["BWT"] = [100 * bwt(r["R"]) for r in runs]
+    for head, own in values.items():
+        mean, _, spread = cells[head].partition(" ± ")
+        assert float(mean) == pytest.approx(np.mean(own), abs=0.051), f"{head} of {label}"
+        if spread: assert float(spread) == pytest.approx(np.std(own, ddof=1), abs=0.051), f"{head} of {label}"
 
 
 def shown_table():
