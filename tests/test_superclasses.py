@@ -35,7 +35,7 @@ def test_kinship_is_that_of_a_tree():
 def test_signatures_that_are_the_groups_agree_and_noise_does_not():
     g = torch.Generator().manual_seed(0)
     words = sorted({" ".join(way.split()[:n]) for way in WORDNET.values() for n in range(1, len(way.split()) + 1)})
-    column = {w: 3.0 * torch.randn(40, generator=g) for w in words}
+    column = {w: 3.0 * torch.randn(400, generator=g) for w in words}
     way = lambda task: WORDNET[superclass(task)].split()
     told = torch.stack([sum(column[" ".join(way(t)[:n])] for n in range(1, len(way(t)) + 1)) for t in TASKS])
     noise = torch.randn(told.shape, generator=g)

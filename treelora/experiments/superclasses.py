@@ -54,18 +54,17 @@ def superclass(task: str) -> str:
 def wordnet_kinship(a: str, b: str) -> int:
     "How many steps of WordNet's way two tasks share."
     ways = zip(*(WORDNET[superclass(task)].split() for task in (a, b)))
-    return next((n for n, (x, y) in enumerate(ways) if x != y), len(WORDNET[superclass(a)].split()))
+    differ = (n for n, (x, y) in enumerate(ways) if x != y)
+    return next(differ, len(WORDNET[superclass(a)].split()))
 
 # %% ../../nbs/experiments/17_superclasses.ipynb #17sc0015
 PLACES = {"none": "un-adapted features", "first": "gradients, first five blocks",
           "last": "gradients, last five blocks"}
 
-
+# %% ../../nbs/experiments/17_superclasses.ipynb #17sc0031
 def agreement_picture(rows: Sequence[dict]) -> Figure:
     "Agreement with WordNet by what is compared: a dot for each seed."
-    rows = [r for r in rows if r["place"] != "none" or "two" not in r["by"]]  # one layer only
-    place = list(PLACES).index
-    seen = sorted(dict.fromkeys((r["place"], r["by"]) for r in rows), key=lambda x: place(x[0]))
+    seen = _lines(rows)
     with style():
         fig = new_figure(figsize=(6.4, 0.5 + 0.26 * len(seen)))
         ax = fig.subplots()
@@ -77,6 +76,13 @@ def agreement_picture(rows: Sequence[dict]) -> Figure:
         ax.set_yticks(range(0, -len(seen), -1), [f"{PLACES[p]}: {by}" for p, by in seen])
         ax.set(xlabel="triples that agree with WordNet, % (dashed: chance)", xlim=(20, 100))
     return fig
+
+# %% ../../nbs/experiments/17_superclasses.ipynb #17sc0032
+def _lines(rows: Sequence[dict]) -> list[tuple[str, str]]:  # (place, by)
+    "The lines of the picture; features have one layer, whose last two are not shown."
+    rows = [r for r in rows if r["place"] != "none" or "two" not in r["by"]]
+    seen, place = dict.fromkeys((r["place"], r["by"]) for r in rows), list(PLACES).index
+    return sorted(seen, key=lambda line: place(line[0]))
 
 # %% ../../nbs/experiments/17_superclasses.ipynb #17sc0017
 def distance_picture(
@@ -90,14 +96,18 @@ def distance_picture(
         fig = new_figure(figsize=(3.4 * len(distances) + 1.6, 4.6))
         axes = fig.subplots(1, len(distances), sharey=True, squeeze=False)[0]
         for ax, (title, d) in zip(axes, distances.items()):
-            d = np.array(d)[np.ix_(order, order)]
-            np.fill_diagonal(d, np.nan)
-            ax.imshow(d, cmap="viridis")
-            ax.set(title=title)
-            ax.set_xticks(range(len(names)), names, rotation=90)
-            ax.grid(False)
-        axes[0].set_yticks(range(len(names)), names)
+            _draw_pairs(ax, np.array(d)[np.ix_(order, order)], names, title)
     return fig
+
+
+def _draw_pairs(ax, d: np.ndarray, names: Sequence[str], title: str) -> None:
+    "One square of distances."
+    np.fill_diagonal(d, np.nan)
+    ax.imshow(d, cmap="viridis")
+    ax.set(title=title)
+    ax.set_xticks(range(len(names)), names, rotation=90)
+    ax.set_yticks(range(len(names)), names)
+    ax.grid(False)
 
 # %% ../../nbs/experiments/17_superclasses.ipynb #17sc0021
 class SeenFrom:
@@ -140,7 +150,7 @@ def centred(G: torch.Tensor) -> torch.Tensor:  # (N, L, D) -> (L, N, N)
 # %% ../../nbs/experiments/17_superclasses.ipynb #17sc0027
 DISTANCES = {"L1": lambda G: layer_distances(G, False), "centred cosine": centred}
 
-
+# %% ../../nbs/experiments/17_superclasses.ipynb #17sc0034
 def compared(
     G: torch.Tensor,  # (N, L, D) signatures
     tasks: Sequence[str],
@@ -191,6 +201,7 @@ def _add(found: dict, stream, weights: str | Path, batches: int, size: int) -> N
     found.setdefault("tasks", {})[str(seed)] = tasks
 
 
+# %% ../../nbs/experiments/17_superclasses.ipynb #17sc0033
 def _keep(found: dict, G: torch.Tensor, key: str) -> None:
     "Keep the distances, mean over layers, for a picture."
     of = {name: distance(G).mean(0).tolist() for name, distance in DISTANCES.items()}
