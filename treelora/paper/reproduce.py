@@ -23,7 +23,7 @@ from .numbers import paper_value
 from .evidence import Evidence, Missing
 from .report import SOURCE
 from .statistics import paired, scores
-from .tables import PHOTOS, campaign_of
+from .tables import PHOTOS, campaign_of, scale_of
 
 # %% ../../nbs/paper/09_reproduce.ipynb #8ea60b0c
 MANY = 8  # so many places are not listed one by one
@@ -110,7 +110,8 @@ def batch_sizes(results: str | Path) -> Answer:
                   sorted(evidence.used))
 
 # %% ../../nbs/paper/09_reproduce.ipynb #c2bf1654
-PRINTED = ((1, "Split CIFAR-100", "acc", "split-digits"),
+PRINTED = ((1, "Split CIFAR-100", "acc", "split-cifar100"),
+           (1, "Split CIFAR-100", "acc", "split-digits"),
            (3, "TRACE, Mistral-7B-Instruct-v0.3", "op", "cldr"))
 
 
@@ -118,7 +119,7 @@ def printed_and_ours(results: str | Path) -> Answer:
     "The paper's numbers beside ours, on other data and smaller models."
     evidence, rows = Evidence(results), []
     for n, setting, metric, stream in PRINTED:
-        runs = _runs(evidence, stream)
+        runs = _runs(evidence, stream, scale_of(stream))
         for method in PAPERS:
             name = look(method)["label"]
             mean, sd = paper_value(n, setting, PAPERS[method], metric)
