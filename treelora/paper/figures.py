@@ -486,8 +486,11 @@ DRAWINGS = {  # captions of the figures that need no results
 def place_of(n: int, results: str | Path, stream: str | None, scale: str | None) -> tuple[str, str]:
     "Stream and scale of a figure, where they are not given."
     if stream: return stream, scale or scale_of(stream)
+    # Fig. 1 compares with plain LoRA, and says nothing without it
+    needed = ("treelora", "seqlora") if n == 1 else ("treelora",)
     folder = lambda place: stream_folder(results, place[0]) / place[1]
-    ran = [place for place in PLACES[n] if any(folder(place).glob("treelora-seed*.json"))]
+    has = lambda place, method: any(folder(place).glob(f"{method}-seed*.json"))
+    ran = [place for place in PLACES[n] if all(has(place, m) for m in needed)]
     return ran[0] if ran else PLACES[n][-1]
 
 
