@@ -200,11 +200,12 @@ def c17(evidence: Evidence) -> Finding:
 def c18(evidence: Evidence) -> Finding:
     """Counts the rivals whose final score TreeLoRA exceeds by more than a fifth of it, and
     by the margin more than that, of those with three seeds. Holds when there are two or more
-    beside SeqLoRA on every stream; partly when on some."""
+    beside SeqLoRA on every stream that has as many; partly when on some."""
     votes, words, on = [], [], []
     for stream, runs in _streams(evidence, (*VISION, TEXT)).items():
         if len(runs["treelora"]) < ENOUGH: continue
         gains, large = _large_gains(runs, "language" if stream == TEXT else "vision")
+        if len(set(gains) - {"seqlora"}) < 2: continue
         named = ", ".join(f"{_name(m)} {gains[m]:+.0f} %" for m in large) or "none"
         words.append(f"{stream}: over {named} of {len(gains)}")
         votes.append(len(set(large) - {"seqlora"}) >= 2)
