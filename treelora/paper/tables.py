@@ -110,11 +110,12 @@ def same_data(
 
 
 def _refuse_weights(found: Sequence[Recorded]) -> None:
-    "Raise ValueError when the results in a folder start from different weights."
+    "Raise ValueError when methods in a folder started from different weights."
+    method = lambda r: r.path.name.rpartition("-seed")[0]  # one method's seeds: refuse_mixed
     first: dict[Path, Recorded] = {}
     for r in (r for r in found if r.weights):
         known = first.setdefault(r.path.parent, r)
-        if r.weights == known.weights: continue
+        if r.weights == known.weights or method(r) == method(known): continue
         raise ValueError(
             f"{known.path} started from weights with the hash {known.weights[:12]}, {r.path} from "
             f"{r.weights[:12]}: they are not compared; run one of them again with the other's "
