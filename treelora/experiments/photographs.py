@@ -69,6 +69,7 @@ def _draw_axis(ax: Axes, methods: dict) -> None:
         ax.plot([np.mean(values)], [y], "|", color=own["color"], ms=14, mew=2)
         if method in (FLOOR, CEILING): ax.axvline(np.mean(values), color="0.6", ls="--", lw=1)
     ax.set_yticks(range(len(methods)), [look(m)["label"] for m in reversed(methods)])
+    ax.set_ylim(-0.6, len(methods) - 0.4)
 
 # %% ../../nbs/experiments/16_photographs.ipynb #16f00010
 def gap_closed(methods: dict, method: str) -> str:
