@@ -111,7 +111,7 @@ def tried(kind: Kind, options: dict, folder, name="default", exact=True, **given
             assert torch.equal(kind.logits(its.model), logits), task
         for where in ({"subfolder": task_folder(tl, task)}, *([{}] if task == "two" else [])):
             alone = kind.logits(PeftModel.from_pretrained(kind.base(), str(folder), **where).eval())
-            assert torch.equal(alone, logits) if exact else torch.allclose(alone, logits, atol=1e-6), (task, (alone - logits).abs().max())
+            assert torch.equal(alone, logits) if exact else torch.allclose(alone, logits, atol=2e-5), (task, (alone - logits).abs().max())
 
 
 # every option once in the quick tests, with the models in which it is most apart; the whole table among the slow ones
