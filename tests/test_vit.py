@@ -1,7 +1,9 @@
 "The ViT-S/14: from an ONNX file to timm, at every size of images, its upper half trained again, and what frozen features tell."
+import hashlib
 import json
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
@@ -316,3 +319,14 @@ def test_images_per_second():
     rows = bench_images((28,), ("plain", "channels last"), 2, 1, **SMALL)
     assert {(r["form"], r["bf16"], r["train"]) for r in rows} == {(f, b, t) for f in ("plain", "channels last") for b in (False, True) for t in (False, True)}
     assert len(speed_table(rows).splitlines()) == 4
+
+
+def test_the_weights_that_travel_with_the_project_are_the_described_upper_half():
+    path = Path(__file__).parent.parent / "weights" / "vit-small-14.safetensors"
+    said = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == said["sha256"] and said["upper_only"]
+    state = load_file(path)
+    assert vit.is_upper(state) and {int(n.split(".")[1]) for n in state if n.startswith("blocks.")} == set(range(6, 12))
+    assert sum(x.numel() for x in state.values()) == said["n_trained"] and all(x.isfinite().all() for x in state.values())
+    photos = [json.loads(p.read_text())["sha256"]["weights"] for p in (path.parent.parent / "results").glob("split-c*100/small/*-seed*.json")]
+    assert photos and set(photos) == {said["sha256"]}
