@@ -351,6 +351,7 @@ def _bench(args) -> None:
     elif args.what in ("time", "steps"): _bench_training(args)
     elif args.what == "serving": print(_serving(args.out, args.quick))
     elif args.what == "vision": print(_speed(args.out, args.quick))
+    elif args.what == "language": print(_tokens(args))
     else: print(bench(args.out, args.quick))
 
 # %% ../nbs/tutorials/08_command_line.ipynb #be19a270
@@ -363,23 +364,33 @@ def _speed(out: Path | None, quick: bool) -> str:
     from treelora.experiments.speed import run_speed
     return run_speed(out, quick)
 
+
+def _tokens(args) -> str:
+    from treelora.experiments.tokens import run_tokens
+    stream = args.stream or "cldr"
+    return run_tokens(args.out, stream, args.task, args.model, args.root, args.quick)
+
 # %% ../nbs/tutorials/08_command_line.ipynb #bf3cd428
 def _bench_training(args) -> None:
     from treelora.experiments.training_time import measure_steps, measure_time, time_table
     if args.what == "steps": return print(measure_steps(args.results))
-    measure_time(args.stream, args.seeds, args.results, progress=False, root=args.root)
-    print(time_table(args.results, args.stream))
+    stream = args.stream or "split-digits"
+    measure_time(stream, args.seeds, args.results, progress=False, root=args.root)
+    print(time_table(args.results, stream))
 
 # %% ../nbs/tutorials/08_command_line.ipynb #c1a4d333
 def _add_bench(commands) -> None:
     p = commands.add_parser("bench", help="measure the step and the search on this machine")
     p.add_argument("what", nargs="?", default="all",
-                   choices=("all", "scale", "time", "steps", "serving", "vision"),
+                   choices=("all", "scale", "time", "steps", "serving", "vision", "language"),
                    help="scale: the curve from 8 to 16,384 tasks, drawn into --figures; time: training times on --stream, with and without savings; steps: the savings on models of full size; serving: answers under many adapters, beside PEFT's; "
-                        "vision: images per second of vit-small-14 at several sizes")
-    p.add_argument("--stream", default="split-digits", help="for time")
+                        "vision: images per second of vit-small-14 at several sizes; "
+                        "language: tokens per second of --model on --task of --stream")
+    p.add_argument("--stream", help="for time (default split-digits) and language (default cldr)")
+    p.add_argument("--task", help="for language: the task's name (default: the first)")
+    p.add_argument("--model", default="smollm2", help="for language: as in run")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for time")
-    p.add_argument("--root", type=Path, help="data folder, for time")
+    p.add_argument("--root", type=Path, help="data folder, for time and language")
     p.add_argument("--results", type=Path, default=Path("results"), help="for time and steps")
     p.add_argument("--figures", type=Path, default=Path("figures"))
     p.add_argument("--out", type=Path, help="write the numbers as JSON; for scale, the folder of scale.json (default results/bench)")

@@ -19,7 +19,7 @@ from .tuning import tuned_rate
 from .vision import check_data
 from ..paper.figures import load_results
 from ..learner import run
-from ..learning.result import native_bf16
+from ..learning.result import faster_in_bf16
 from ..methods import get_method
 from ..signature import SIGNATURES, get_signature
 from ..learning.text import FAMILIES
@@ -134,13 +134,13 @@ LAMBDAS = (0.5, 2.0, 8.0)  # beside the default
 
 # %% ../../nbs/experiments/02_language.ipynb #4b1cbaaf
 def fast_precision() -> str:
-    """bf16 where this machine computes in it natively, else float32; or what the variable
+    """bf16 where this machine computes clearly faster in it, else float32; or what the variable
     TREELORA_PRECISION says: no, bf16 or fp16."""
     if wish := os.environ.get("TREELORA_PRECISION"):
         if wish in ("no", "bf16", "fp16"): return wish
         raise ValueError(f"TREELORA_PRECISION={wish!r} is no precision; known are no, bf16 and fp16.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16" if native_bf16(device) else "no"
+    return "bf16" if faster_in_bf16(device) else "no"
 
 # %% ../../nbs/experiments/02_language.ipynb #0387adc0
 def language_rate(

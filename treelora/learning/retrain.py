@@ -30,7 +30,7 @@ from ..engine.files import FORMAT, read_state, replace_file, sha256_of, write_st
 from .models import fill, get_model, read_weights
 from .photos import cropped, mirrored, to_pixels
 from .pretrain import pretrain_files
-from .result import native_bf16, where
+from .result import faster_in_bf16, where
 from .vit import SHA256, completed, package_state, patches_per_side, pooled
 from ..patch import patch
 from ..streams import read_parquet
@@ -387,7 +387,7 @@ def retrain(
     model, folder = _fitting(state, start["file"], recipe), out.with_suffix(".checkpoint")
     check_writable(out.parent)
     (x, y, _), (test_x, test_y, _) = (read_parquet(files[s]) for s in ("train", "validation"))
-    bf16 = native_bf16(model.cls_token.device)
+    bf16 = faster_in_bf16(model.cls_token.device)
     run = Retraining(model, int(y.max()) + 1, len(x), recipe, bf16)
     if (folder / "treelora.json").is_file(): run.restore(folder)
     some = slice(None, None, max(1, len(test_y) // 1000))  # rows are sorted by label
