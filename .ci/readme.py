@@ -35,7 +35,7 @@ def output(data, number: int, alt: str, files: dict) -> str:
             return f"![{alt}]({name})"
     if bundle.get("text/html", "").startswith("<svg"):
         name = f"index_files/figure-commonmark/cell-{number}-output-1.svg"
-        files[name] = bundle["text/html"].encode()
+        files[name] = (bundle["text/html"].partition("</svg>")[0] + "</svg>").encode()  # without the one for phones
         return f"![{alt}]({name})"
     if "text/markdown" in bundle: return bundle["text/markdown"].strip()
     return "\n".join("    " + line for line in bundle.get("text/plain", "").splitlines())

@@ -23,6 +23,7 @@
   const begin = () => {
     named(); reach();
     document.querySelectorAll('main svg').forEach(svg => { if (svg.querySelector('animate, animateTransform, animateMotion, set')) pause(svg); });
+    document.fonts.ready.then(reach);  // formulas are as wide as their fonts
     addEventListener('resize', reach);
   };
   if (document.readyState === 'complete') begin(); else addEventListener('load', begin);

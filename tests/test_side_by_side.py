@@ -51,11 +51,20 @@ def test_what_is_gone_is_named():
     assert lines_of("treelora.sparse:ramp").startswith("def ramp(")
 
 
-def test_the_moving_picture_is_whole_and_loads_nothing():
-    svg = one_round().svg
+@pytest.mark.parametrize("shape", ["svg", "narrow"])
+def test_the_moving_picture_is_whole_and_loads_nothing(shape):
+    svg = getattr(one_round(), shape)
     root = ET.fromstring(svg)
     words = [e.text for e in root.iter() if e.tag.endswith("text")]
     assert all(any(step in w for w in words) for step in STEPS) and sum(w.startswith("task ") for w in words) == 2 * len(LOSSES)
     moving = [e for e in root.iter() if e.tag.endswith("animate")]
     assert moving and len({e.get("dur") for e in moving}) == 1 and len(svg) < 30_000
     assert not re.search(r"href|url\(|<script", svg)
+
+
+def test_a_screen_shows_one_shape_of_the_moving_picture():
+    html = one_round()._repr_html_()
+    names = re.findall(r'<svg class="([\w-]+)"', html)
+    style = re.search(r"<style>(.*)</style>", html)[1]
+    everywhere, narrow = style.split("@media(max-width:600px)")
+    assert len(names) == 2 and f".{names[1]}{{display:none}}" in everywhere and f".{names[0]}{{display:none}}" in narrow and f".{names[1]}{{display:block}}" in narrow
