@@ -28,16 +28,18 @@ def masked_logits(
     mask[:, list(classes)] = 0
     return logits + mask
 
-
+# %% ../../nbs/learning/09_decompose.ipynb #cc11a6e3
 def masked_cross_entropy(
     logits: torch.Tensor,  # (n, C)
     labels: torch.Tensor,  # (n,), among classes
     classes: Sequence[int],  # the task's classes
 ) -> torch.Tensor:
-    "Cross-entropy over a task's own classes (WTP). Raises ValueError for a label outside them."
+    """Cross-entropy over a task's own classes (WTP). Raises ValueError for a label outside
+    them."""
     known = torch.isin(labels, torch.tensor(list(classes), device=labels.device))
     if not known.all():
-        raise ValueError(f"Labels {labels[~known].unique().tolist()} are not among the task's classes {sorted(classes)}.")
+        raise ValueError(f"Labels {labels[~known].unique().tolist()} are not among the task's "
+                         f"classes {sorted(classes)}.")
     return F.cross_entropy(masked_logits(logits, classes), labels)
 
 # %% ../../nbs/learning/09_decompose.ipynb #09d00016
@@ -123,7 +125,8 @@ def log_posterior(
     likely = self.log_densities(features)
     of = torch.tensor([self.task_of[c] for c in self.stats.means])
     tasks = [likely[:, of == task].logsumexp(1) if (of == task).any()
-             else likely.new_full((len(likely),), -math.inf) for task in range(int(of.max()) + 1)]
+             else likely.new_full((len(likely),), -math.inf)
+             for task in range(int(of.max()) + 1)]
     return torch.stack(tasks, dim=1).log_softmax(1)
 
 
@@ -183,10 +186,12 @@ def sample_features(
     g = torch.Generator().manual_seed(seed)
     n, cov = sum(stats.counts.values()) - len(stats.counts), stats.scatter
     cov = cov / max(n, 1)
-    cov = cov + 1e-6 * torch.eye(len(cov), dtype=cov.dtype) * cov.diagonal().mean().clamp(min=1e-12)
+    little = 1e-6 * torch.eye(len(cov), dtype=cov.dtype)
+    cov = cov + little * cov.diagonal().mean().clamp(min=1e-12)
     means = torch.stack(list(stats.means.values())).repeat_interleave(per_class, 0)
-    noise = torch.randn(means.shape, generator=g, dtype=means.dtype) @ torch.linalg.cholesky(cov).T
-    return (means + noise).float(), torch.tensor(list(stats.means)).repeat_interleave(per_class)
+    noise = torch.randn(means.shape, generator=g, dtype=means.dtype)
+    x = means + noise @ torch.linalg.cholesky(cov).T
+    return x.float(), torch.tensor(list(stats.means)).repeat_interleave(per_class)
 
 # %% ../../nbs/learning/09_decompose.ipynb #6eb43e44
 def fit_head(
@@ -204,7 +209,8 @@ def fit_head(
 
     def closure():
         opt.zero_grad()
-        loss = masked_cross_entropy(F.linear(x, *params), y, classes) + decay * params[0][classes].square().sum()
+        loss = masked_cross_entropy(F.linear(x, *params), y, classes)
+        loss = loss + decay * params[0][classes].square().sum()
         loss.backward()
         return loss
 
@@ -228,7 +234,8 @@ def retrain_head(
 
 # %% ../../nbs/learning/09_decompose.ipynb #54fd704c
 class Decomposition:
-    "HiDe's three parts for any adapter method: statistics of both kinds of features, and what follows from them."
+    """HiDe's three parts for any adapter method: statistics of both kinds of features, and
+    what follows from them."""
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ __all__ = ['LLAMA_7B', 'TIMED_SEARCHES', 'Block', 'Shapes', 'llama_7b', 'count',
 # %% ../../nbs/theory/03_complexity.ipynb #th32003
 import json, math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -33,16 +34,21 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(a, b, bias=False) for a, b in ((width, hidden), (width, hidden), (hidden, width)))
+        linear = partial(nn.Linear, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            linear(width, width) for _ in range(4))
+        self.gate_proj, self.up_proj = linear(width, hidden), linear(width, hidden)
+        self.down_proj = linear(hidden, width)
         self.norms = nn.Parameter(torch.ones(2, width))
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o_proj(seen.transpose(1, 2).flatten(2))
         return x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
+# %% ../../nbs/theory/03_complexity.ipynb #th3a206
 class Shapes(nn.Module):
     "A LLaMA-like language model; on the meta device it has shapes only."
 
@@ -57,15 +63,16 @@ class Shapes(nn.Module):
         for block in self.blocks: x = block(x)
         return self.head(x)
 
-
+# %% ../../nbs/theory/03_complexity.ipynb #th3b206
 def llama_7b(
-    r: int | None = 8,  # rank of adapters on Q and V of all blocks; None: no adapters, all weights train
+    r: int | None = 8,  # rank of adapters on Q and V of all blocks; None: all weights train
 ) -> Shapes:  # on the meta device
     "LLaMA-2-7B's shapes, with the paper's adapters (App. A.3) or without."
     with torch.device("meta"): model = Shapes(**LLAMA_7B)
-    return model if r is None else add_lora(model.requires_grad_(False), ["q_proj", "v_proj"], r, 32)
+    if r is None: return model
+    return add_lora(model.requires_grad_(False), ["q_proj", "v_proj"], r, 32)
 
-
+# %% ../../nbs/theory/03_complexity.ipynb #th3c206
 def count(
     call: Callable[[], object],
 ) -> int:  # a multiplication and an addition are two
@@ -84,23 +91,24 @@ def step_flops(
     with torch.no_grad(): forward = count(lambda: model(ids))
     return {"forward": forward // tokens, "step": step // tokens}
 
-
+# %% ../../nbs/theory/03_complexity.ipynb #th3a209
 def project_flops(
     size: int,  # numbers in a gradient
     n: int,  # stored gradients
 ) -> int:
-    """Take a gradient's components along n stored directions out of it (OGD): n inner products and
-    n subtractions."""
+    """Take a gradient's components along n stored directions out of it (OGD): n inner products
+    and n subtractions."""
     g, B = torch.empty(size, 1, device="meta"), torch.empty(size, n, device="meta")
     return count(lambda: B @ (B.T @ g))
 
-
+# %% ../../nbs/theory/03_complexity.ipynb #th3b209
 def olora_flops(n: int, width: int = 4096, r: int = 8, modules: int = 64) -> dict[str, int]:
-    """O-LoRA with n earlier adapters, a token: their forward pass, and a step of the penalty |A_k
-    A^T|, which is paid once a batch."""
+    """O-LoRA with n earlier adapters, per token: their forward pass, and a step of the penalty
+    |A_k A^T|, which is paid once per batch."""
     x, A = torch.empty(1, width, device="meta"), torch.empty(n * r, width, device="meta")
     B, new = torch.empty(width, n * r, device="meta"), torch.empty(r, width, device="meta")
-    return {"forward": modules * count(lambda: B @ (A @ x.T)), "penalty": 3 * modules * count(lambda: A @ new.T)}
+    return {"forward": modules * count(lambda: B @ (A @ x.T)),
+            "penalty": 3 * modules * count(lambda: A @ new.T)}
 
 # %% ../../nbs/theory/03_complexity.ipynb #th32014
 def stored_numbers(
@@ -111,10 +119,13 @@ def stored_numbers(
     signature: int | None = None,  # of one task's signature; None: as large as an adapter
     r: int = 8,
 ) -> int:
-    "Numbers kept besides the frozen model. Raises ValueError for a method that it does not know."
+    """Numbers kept besides the frozen model. Raises ValueError for a method that it does not
+    know."""
     signature = adapter if signature is None else signature
-    kept = {"OGD": n * weights, "LoRA": adapter, "O-LoRA": n * adapter, "TreeLoRA": n * (adapter + signature), "TreeLoRA, Tab. 8": adapter + n * r}
-    if method not in kept: raise ValueError(f"Unknown method {method!r}; known are {', '.join(kept)}.")
+    kept = {"OGD": n * weights, "LoRA": adapter, "O-LoRA": n * adapter,
+            "TreeLoRA": n * (adapter + signature), "TreeLoRA, Tab. 8": adapter + n * r}
+    if method not in kept:
+        raise ValueError(f"Unknown method {method!r}; known are {', '.join(kept)}.")
     return kept[method]
 
 # %% ../../nbs/theory/03_complexity.ipynb #th32019
@@ -127,10 +138,11 @@ def search_cost(
     n_layers: int = 64,  # L
     repeats: int = 300,
 ) -> dict:
-    """Mean time of a round on one thread once all arms were seen, that of the first such round by
-    itself, and the bytes of the search's tensors."""
+    """Mean time of a round on one thread once all arms were seen, that of the first such round
+    by itself, and the bytes of the search's tensors."""
     with one_thread():
-        tree, g = SmoothTree(max(1, math.ceil(math.log2(n))), 0.8, 0.5, 0), torch.Generator().manual_seed(0)
+        tree = SmoothTree(max(1, math.ceil(math.log2(n))), 0.8, 0.5, 0)
+        g = torch.Generator().manual_seed(0)
         search = get_search(name, tree, n_layers)
         losses = torch.rand(n_layers, generator=g)
         for arm in range(n): search.update(torch.full((n_layers,), arm), losses)
@@ -138,15 +150,19 @@ def search_cost(
         for t in range(n + 1, n + 2 + repeats):
             search.update(search.choose(t), losses)
             marks.append(perf_counter())
-    tensors = [x for x in vars(search).values() if isinstance(x, torch.Tensor)] + [x for x in vars(search.nodes).values() if isinstance(x, torch.Tensor)]
+    held = [*vars(search).values(), *vars(search.nodes).values()]
+    size = sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor))
     first, others = 1e3 * (marks[1] - marks[0]), 1e3 * (marks[-1] - marks[1]) / repeats
-    return {"search": name, "N": n, "round_ms": round(others, 4), "first_ms": round(first, 4), "bytes": sum(x.numel() * x.element_size() for x in tensors)}
+    return {"search": name, "N": n, "round_ms": round(others, 4), "first_ms": round(first, 4),
+            "bytes": size}
 
-
+# %% ../../nbs/theory/03_complexity.ipynb #th3a219
 def run_cost(results: str | Path = "results", sizes: tuple = (8, 64, 512, 4096)) -> Path:
     "Measure all searches at all sizes and write results/theory/cost.json."
     rows = [search_cost(name, n) for n in sizes for name in TIMED_SEARCHES]
     path = Path(results) / "theory" / "cost.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": {"layers": 64, "threads": 1}, "rows": rows} | where(torch.device("cpu"))) + "\n", encoding="utf-8")
+    content = {"config": {"layers": 64, "threads": 1}, "rows": rows}
+    content |= where(torch.device("cpu"))
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
     return path

@@ -15,17 +15,20 @@ from dataclasses import dataclass
 import torch
 
 from ..bandit import Search, SearchTree, get_search
+from ..patch import patch
 from ..tree import Node, TaskTree
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30006
-def _descend(value: float, n: int, depth: int, step: Callable, branching: int, rng: torch.Generator) -> list[float]:
-    """Means of the n leaves below a node of a given value; `step(depth)` is the most that a child's
-    value may lie above its parent's."""
+def _descend(value: float, n: int, depth: int, step: Callable, branching: int,
+             rng: torch.Generator) -> list[float]:
+    """Means of the n leaves below a node of a given value; `step(depth)` is the most that a
+    child's value may lie above its parent's."""
     if n == 1: return [value]
     rises = torch.rand(branching, generator=rng).double() * step(depth)
     rises[torch.randint(branching, (1,), generator=rng)] = 0.0
     sizes = [(n + 1) // 2, n // 2] if branching == 2 else [n // branching] * branching
-    return [x for rise, size in zip(rises.tolist(), sizes) for x in _descend(value + rise, size, depth + 1, step, branching, rng)]
+    return [x for rise, size in zip(rises.tolist(), sizes)
+            for x in _descend(value + rise, size, depth + 1, step, branching, rng)]
 
 
 def smooth_means(
@@ -38,10 +41,11 @@ def smooth_means(
     branching: int = 2,
     scale: float = 1.0,  # shrinks all differences
 ) -> torch.Tensor:  # (N,), clipped at 1, which keeps the differences within bounds
-    """Means that differ by at most `scale * delta * gamma ** d` below a node of depth d (Assumption
-    1)."""
+    """Means that differ by at most `scale * delta * gamma ** d` below a node of depth d
+    (Assumption 1)."""
     step = lambda d: scale * delta * gamma ** d * (1 - gamma)
-    return torch.tensor(_descend(low, n, depth, step, branching, rng), dtype=torch.float64).clamp(max=1.0)
+    means = _descend(low, n, depth, step, branching, rng)
+    return torch.tensor(means, dtype=torch.float64).clamp(max=1.0)
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30009
 def _spikes(m: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -66,14 +70,31 @@ NOISES: dict[str, Callable] = {  # means and uniform draws, of one shape -> loss
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30012
 def _check(depth: int, delta: float, gamma: float, branching: int, leaves: int | None) -> None:
     "Raise ValueError for a tree that cannot be."
-    if not 0 < gamma < 1: raise ValueError(f"gamma={gamma} must lie between 0 and 1, both excluded: differences shrink with the depth.")
-    if not delta >= 0: raise ValueError(f"delta={delta} must not be negative: it bounds a distance; give math.inf for no bound.")
-    if depth < 1: raise ValueError(f"depth={depth} must be at least 1, or there is nothing to choose.")
-    if branching < 2 or branching & (branching - 1): raise ValueError(f"branching={branching} must be a power of two: the search's tree is binary.")
-    if leaves is None: return
-    if branching > 2: raise ValueError("leaves can be given for binary trees only; leave it out.")
-    if leaves <= 2 ** (depth - 1): raise ValueError(f"A tree of depth {depth} is deeper than {leaves} leaves allow; give more than {2 ** (depth - 1)}, or a smaller depth.")
-    if leaves > 2 ** depth: raise ValueError(f"A binary tree of depth {depth} has at most {2 ** depth} leaves, not {leaves}; give a larger depth.")
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma={gamma} must lie between 0 and 1, both excluded: differences "
+                         "shrink with the depth.")
+    if not delta >= 0:
+        raise ValueError(f"delta={delta} must not be negative: it bounds a distance; give "
+                         "math.inf for no bound.")
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be at least 1, or there is nothing to choose.")
+    if branching < 2 or branching & (branching - 1):
+        raise ValueError(f"branching={branching} must be a power of two: the search's tree is "
+                         "binary.")
+    if leaves is not None: _check_leaves(leaves, depth, branching)
+
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th30c12
+def _check_leaves(leaves: int, depth: int, branching: int) -> None:
+    "Raise ValueError for a number of leaves that a binary tree of a depth cannot have."
+    least, most = 2 ** (depth - 1) + 1, 2 ** depth
+    if branching > 2:
+        raise ValueError("leaves can be given for binary trees only; leave it out.")
+    if leaves < least:
+        raise ValueError(f"A tree of depth {depth} is deeper than {leaves} leaves allow; give "
+                         f"more than {least - 1}, or a smaller depth.")
+    if leaves > most:
+        raise ValueError(f"A binary tree of depth {depth} has at most {most} leaves, not "
+                         f"{leaves}; give a larger depth.")
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #2105ed44
 def _nodes(shape, depth: int = 0) -> Node:
@@ -87,12 +108,16 @@ def _nodes(shape, depth: int = 0) -> Node:
 class _Arms(TaskTree):
     "A task tree whose arms have known mean losses, and noise around them."
 
-    def _set(self, means: torch.Tensor, shape, delta: float, gamma: float, noise: str, branching: int) -> None:
+    def _set(self, means: torch.Tensor, shape, delta: float, gamma: float, noise: str,
+             branching: int) -> None:
         "What all ways of making one share."
-        if noise not in NOISES: raise ValueError(f"Unknown noise {noise!r}; known are {', '.join(NOISES)}.")
-        if not ((means >= 0) & (means <= 1)).all(): raise ValueError("Mean losses must lie in [0, 1]; scale them first.")
+        if noise not in NOISES:
+            raise ValueError(f"Unknown noise {noise!r}; known are {', '.join(NOISES)}.")
+        if not ((means >= 0) & (means <= 1)).all():
+            raise ValueError("Mean losses must lie in [0, 1]; scale them first.")
         super().__init__()
-        self.means, self.delta, self.gamma, self.noise, self.branching = means, delta, gamma, noise, branching
+        self.means, self.delta, self.gamma, self.noise = means, delta, gamma, noise
+        self.branching = branching
         self.gaps = means - means.min()
         self.root = _nodes(shape)
         self._key = {arm: arm for arm in range(len(means))}
@@ -102,22 +127,25 @@ class _Arms(TaskTree):
         "|J_eta|, the leaves with a gap of at most eta."
         return int((self.gaps <= eta + 1e-12).sum())
 
-    def observe(self, t: int, arms: torch.Tensor, rng: torch.Generator) -> torch.Tensor:  # (S,)
-        "Losses of the arms that S players chose."
-        return NOISES[self.noise](self.means[arms], torch.rand(len(arms), generator=rng, dtype=torch.float64))
+    def observe(self, t: int, arms: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        "Losses (S,) of the arms that S players chose."
+        luck = torch.rand(len(arms), generator=rng, dtype=torch.float64)
+        return NOISES[self.noise](self.means[arms], luck)
 
-    def observe_all(self, t: int, n_seeds: int, rng: torch.Generator) -> torch.Tensor:  # (S, N)
-        "Losses of all arms, for a sweep."
+    def observe_all(self, t: int, n_seeds: int, rng: torch.Generator) -> torch.Tensor:
+        "Losses (S, N) of all arms, for a sweep."
         shape = n_seeds, len(self.means)
-        return NOISES[self.noise](self.means.expand(shape), torch.rand(shape, generator=rng, dtype=torch.float64))
+        luck = torch.rand(shape, generator=rng, dtype=torch.float64)
+        return NOISES[self.noise](self.means.expand(shape), luck)
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th3d012
-INFORMED = ("tree-lcb", "tree-lcb-v", "tree-lcb-path", "tree-lcb-printed", "bast")  # searches that take delta and gamma
+# searches that take delta and gamma
+INFORMED = ("tree-lcb", "tree-lcb-v", "tree-lcb-path", "tree-lcb-printed", "bast")
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th3c012
 class SmoothTree(_Arms):
-    """A tree of arms whose mean losses are known: smooth by construction (Assumption 1), or of any
-    given means."""
+    """A tree of arms whose mean losses are known: smooth by construction (Assumption 1), or of
+    any given means."""
 
     def __init__(
         self,
@@ -130,55 +158,65 @@ class SmoothTree(_Arms):
         leaves: int | None = None,  # N; None: branching ** depth
     ):
         _check(depth, delta, gamma, branching, leaves)
-        n, rng = branching ** depth if leaves is None else leaves, torch.Generator().manual_seed(seed)
+        n = branching ** depth if leaves is None else leaves
+        rng = torch.Generator().manual_seed(seed)
         if math.isinf(delta): means = 0.1 + 0.8 * torch.rand(n, generator=rng).double()
-        else: means = smooth_means(n, delta, gamma, rng, 0.1 + max(0.0, 0.8 - delta) * torch.rand(1, generator=rng).item(), branching=branching)
+        else:
+            low = 0.1 + max(0.0, 0.8 - delta) * torch.rand(1, generator=rng).item()
+            means = smooth_means(n, delta, gamma, rng, low, branching=branching)
         self._set(means, range(n), delta, gamma, noise, branching)
 
     @classmethod
     def of(
         cls,
         means: torch.Tensor,  # (N,), in [0, 1]
-        shape: tuple | range | None = None,  # nested pairs of arm numbers and ranges of them; None: halves in order
+        shape: tuple | range | None = None,
+        # nested pairs of arm numbers and ranges of them; None: halves in order
         delta: float = math.inf,
         gamma: float = 0.5,
         noise: str = "bernoulli",
     ) -> "SmoothTree":
-        "An environment with given means on a given tree. Raises ValueError for means outside 0 to 1."
+        """An environment with given means on a given tree. Raises ValueError for means outside
+        0 to 1."""
         _check(1, delta, gamma, 2, None)
-        tree = cls.__new__(cls)
-        tree._set(torch.as_tensor(means).double(), range(len(means)) if shape is None else shape, delta, gamma, noise, 2)
+        tree, shape = cls.__new__(cls), range(len(means)) if shape is None else shape
+        tree._set(torch.as_tensor(means).double(), shape, delta, gamma, noise, 2)
         return tree
 
     @property
     def smoothness(self) -> dict:  # delta and gamma, for a search
-        """The bound on differences in terms of the binary tree: a node of b children is log2(b)
-        binary levels."""
+        """The bound on differences in terms of the binary tree: a node of b children is
+        log2(b) binary levels."""
         levels = self.branching.bit_length() - 1
         gamma = self.gamma ** (1 / levels)
         return {"delta": self.delta * gamma ** (1 - levels), "gamma": gamma}
 
-    def search(
-        self,
-        name: str,  # one of treelora.bandit.SEARCHES
-        n_seeds: int,  # independent players, in the place of layers
-        seed: int = 0,
-        **options,  # of that search; delta and gamma are the tree's own where it takes them
-    ) -> Search:
-        "A player for this environment."
-        informed = self.smoothness if name in INFORMED else {}
-        return get_search(name, self, n_seeds, seed, **(informed | options))
+# %% ../../nbs/theory/01_smooth_tree.ipynb #th3f0c2
+@patch
+def search(
+    self: SmoothTree,
+    name: str,  # one of treelora.bandit.SEARCHES
+    n_seeds: int,  # independent players, in the place of layers
+    seed: int = 0,
+    **options,  # of that search; delta and gamma are the tree's where it takes them
+) -> Search:
+    "A player for this environment."
+    informed = self.smoothness if name in INFORMED else {}
+    return get_search(name, self, n_seeds, seed, **(informed | options))
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30016
 def spreads(
     tree: SmoothTree,
-) -> tuple[SearchTree, torch.Tensor, torch.Tensor]:  # nodes; value of each, largest distance of a leaf below from it
-    "Value and spread of every node."
+) -> tuple[SearchTree, torch.Tensor, torch.Tensor]:  # nodes; value and spread of each
+    """Value of every node, the least mean loss below it, and spread: the largest distance of a
+    leaf below it from that."""
     nodes = SearchTree(tree)
-    best, worst = (torch.full((nodes.n_nodes,), x, dtype=torch.float64) for x in (math.inf, -math.inf))
+    best, worst = (torch.full((nodes.n_nodes,), x, dtype=torch.float64)
+                   for x in (math.inf, -math.inf))
     best[nodes.leaves], worst[nodes.leaves] = tree.means, tree.means
     for inner, left, right in nodes.inner_levels:
-        best[inner], worst[inner] = torch.minimum(best[left], best[right]), torch.maximum(worst[left], worst[right])
+        best[inner] = torch.minimum(best[left], best[right])
+        worst[inner] = torch.maximum(worst[left], worst[right])
     return nodes, best, worst - best
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #b6dc89d9
@@ -198,16 +236,19 @@ def lopsided(
     near_gap: float = 0.05,  # the largest gap among the good leaves
     noise: str = "bernoulli",
 ) -> SmoothTree:  # delta 1, gamma 1/2
-    """One quarter holds the good leaves, the three others all the rest, at gaps of 0.4 and more.
-    Raises ValueError for too few leaves."""
-    if near < 1 or n < near + 3: raise ValueError(f"near={near} good leaves and three other quarters need at least {near + 3} leaves, not {n}.")
+    """One quarter holds the good leaves, the three others all the rest, at gaps of 0.4 and
+    more. Raises ValueError for too few leaves."""
+    if near < 1 or n < near + 3:
+        raise ValueError(f"near={near} good leaves and three other quarters need at least "
+                         f"{near + 3} leaves, not {n}.")
     rng, far = torch.Generator().manual_seed(seed), n - near
     sizes = [near, *(far // 3 + (i < far % 3) for i in range(3))]
     lows, scales = (0.05, 0.45, 0.5, 0.7), (near_gap / 0.25, 0.4, 1.0, 0.8)
-    groups = [smooth_means(m, 1.0, 0.5, rng, low, depth=2, scale=scale) for m, low, scale in zip(sizes, lows, scales)]
+    means = torch.cat([smooth_means(m, 1.0, 0.5, rng, low, depth=2, scale=scale)
+                       for m, low, scale in zip(sizes, lows, scales)])
     ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    ranges = [range(a, b) for a, b in zip(ends, ends[1:])]
-    return SmoothTree.of(torch.cat(groups), ((ranges[0], ranges[1]), (ranges[2], ranges[3])), 1.0, 0.5, noise)
+    a, b, c, d = (range(start, end) for start, end in zip(ends, ends[1:]))
+    return SmoothTree.of(means, ((a, b), (c, d)), 1.0, 0.5, noise)
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #c53d50b8
 def needle(
@@ -216,8 +257,8 @@ def needle(
     seed: int = 0,
     noise: str = "bernoulli",
 ) -> SmoothTree:
-    """A pair of good leaves somewhere among `2 ** depth`; smooth only with a gamma that goes to 1
-    with the depth."""
+    """A pair of good leaves somewhere among `2 ** depth`; smooth only with a gamma that goes
+    to 1 with the depth."""
     n, rng = 2 ** depth, torch.Generator().manual_seed(seed)
     at = 2 * torch.randint(n // 2, (1,), generator=rng).item()
     means = torch.full((n,), 0.1 + gap, dtype=torch.float64)
@@ -229,9 +270,10 @@ def chain(
     depth: int,  # D, how many times one can leave
     noise: str = "none",
 ) -> SmoothTree:
-    """Leaving at step d costs d / D; who never leaves finds a loss of 0 (Coquelin & Munos 2007,
-    mirrored)."""
-    if depth < 1: raise ValueError(f"depth={depth} must be at least 1, or there is nothing to choose.")
+    """Leaving at step d costs d / D; who never leaves finds a loss of 0 (Coquelin & Munos
+    2007, mirrored)."""
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be at least 1, or there is nothing to choose.")
     shape = (depth - 1, depth)
     for d in range(depth - 2, -1, -1): shape = (d, shape)
     means = [*((d + 1) / depth for d in range(depth)), 0.0]
@@ -270,13 +312,17 @@ def play(
     seed: int = 0,  # of the noise; players with the same seed meet the same luck
     watch: Callable[[Search, int], None] | None = None,  # called after each round
 ) -> Played:
-    "Let a search play T rounds. Raises ValueError for T < 1 and for a tree that is no environment."
+    """Let a search play T rounds. Raises ValueError for T < 1 and for a tree that is no
+    environment."""
     if T < 1: raise ValueError(f"T={T} must be at least 1: there is no game without a round.")
     env = search.tree if environment is None else environment
-    if not hasattr(env, "observe"): raise ValueError("The search was made for a plain tree, which has no losses; make it with SmoothTree.search, or give environment=.")
-    marks, rng, S = sorted(marks or marks_up_to(T)), torch.Generator().manual_seed(seed), search.n_layers
-    gaps = env.gaps.expand(S, -1)
-    regret, hits, noted, start = torch.zeros(S).double(), torch.zeros(S).double(), [], time.perf_counter()
+    if not hasattr(env, "observe"):
+        raise ValueError("The search was made for a plain tree, which has no losses; make it "
+                         "with SmoothTree.search, or give environment=.")
+    marks, rng = sorted(marks or marks_up_to(T)), torch.Generator().manual_seed(seed)
+    S, noted, start = search.n_layers, [], time.perf_counter()
+    gaps, looks = env.gaps.expand(S, -1), env.gaps.shape[-1] if search.wants_all else 1
+    regret, hits = torch.zeros(S).double(), torch.zeros(S).double()
     for t in range(1, T + 1):
         arms = search.choose(t)
         if search.wants_all: search.update_all(env.observe_all(t, S, rng))
@@ -287,7 +333,8 @@ def play(
         if watch: watch(search, t)
         if t in marks: noted.append((t, regret.clone(), hits.clone()))
     rounds, regrets, shares = zip(*noted)
-    return Played(list(rounds), torch.stack(regrets), torch.stack(shares), search.pulls(), T * (env.gaps.shape[-1] if search.wants_all else 1), time.perf_counter() - start)
+    return Played(list(rounds), torch.stack(regrets), torch.stack(shares), search.pulls(),
+                  T * looks, time.perf_counter() - start)
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #th30033
 class Replay:
@@ -298,8 +345,12 @@ class Replay:
         losses: torch.Tensor,  # (T, L, N), of all arms, in [0, 1]
     ):
         losses = torch.as_tensor(losses).double()
-        if losses.dim() != 3: raise ValueError(f"Recorded losses must have shape (T, L, N), not {tuple(losses.shape)}.")
-        if not ((losses >= 0) & (losses <= 1)).all(): raise ValueError("Recorded losses must lie in [0, 1]; scale each layer's by its maximum first.")
+        if losses.dim() != 3:
+            raise ValueError("Recorded losses must have shape (T, L, N), not "
+                             f"{tuple(losses.shape)}.")
+        if not ((losses >= 0) & (losses <= 1)).all():
+            raise ValueError("Recorded losses must lie in [0, 1]; scale each layer's by its "
+                             "maximum first.")
         self.losses, self.means = losses, losses.mean(0)
         self.gaps = self.means - self.means.amin(1, keepdim=True)  # (L, N)
 
@@ -317,8 +368,8 @@ def pulls_bound(
     n_arms: int,  # N
     constants: str = "redone",
 ) -> float:
-    """How often a leaf can be chosen with probability 1 - 1/T: Lemma 1 for BAST's width, the same
-    step for that of Eq. 2."""
+    """How often a leaf can be chosen with probability 1 - 1/T: Lemma 1 for BAST's width, the
+    same step for that of Eq. 2."""
     if constants == "eq2": return 16 * math.log(T) / gap ** 2 + 1
     return 6 / gap ** 2 * math.log(4 * n_arms * T / gap ** 2)
 
@@ -329,7 +380,8 @@ def first_depth(
     eta: float,
 ) -> int:  # h
     "The least depth whose delta_h is at most eta / 3."
-    return 0 if 3 * delta <= eta else math.ceil(math.log(3 * delta / eta) / math.log(1 / gamma) - 1e-12)
+    if 3 * delta <= eta: return 0
+    return math.ceil(math.log(3 * delta / eta) / math.log(1 / gamma) - 1e-12)
 
 
 def _far(T: int, n_arms: int, delta: float, gamma: float, eta: float, constants: str) -> float:
@@ -339,7 +391,8 @@ def _far(T: int, n_arms: int, delta: float, gamma: float, eta: float, constants:
     if constants == "paper":
         c = math.log(2) / math.log(1 / gamma)
         return 54 * (3 * delta) ** c / eta ** (2 + c) * math.log(4 * n_arms * T / eta ** 2)
-    return min(2 ** first_depth(delta, gamma, eta), n_arms) * pulls_bound(eta / 3, T, n_arms, constants)
+    nodes = min(2 ** first_depth(delta, gamma, eta), n_arms)
+    return nodes * pulls_bound(eta / 3, T, n_arms, constants)
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #6e3138ba
 def bound_terms(
@@ -353,16 +406,21 @@ def bound_terms(
 ) -> dict[str, float]:  # threshold, a, c, d
     "The terms of Theorem 1's proof. Raises ValueError for numbers that cannot be."
     near = n_arms if near is None else near
-    if constants not in CONSTANTS: raise ValueError(f"Unknown constants {constants!r}; known are {', '.join(CONSTANTS)}.")
+    if constants not in CONSTANTS:
+        raise ValueError(f"Unknown constants {constants!r}; known are {', '.join(CONSTANTS)}.")
     if T < 1: raise ValueError(f"T={T} must be at least 1: there is no game without a round.")
-    if not 1 <= near <= n_arms: raise ValueError(f"near={near} good leaves must be between 1 and the number of leaves, {n_arms}.")
+    if not 1 <= near <= n_arms:
+        raise ValueError(f"near={near} good leaves must be between 1 and the number of "
+                         f"leaves, {n_arms}.")
     if not eta > 0: raise ValueError(f"eta={eta} must be positive.")
     _check(1, delta, gamma, 2, None)
     ac = lambda x: (T * x, near * x * pulls_bound(x, T, n_arms, constants))
-    options = [math.sqrt(near / T)] if constants == "paper" else [math.sqrt(near / T) * 2 ** (i / 8) for i in range(-16, 65)]
+    powers = [0] if constants == "paper" else range(-16, 65)
+    options = [math.sqrt(near / T) * 2 ** (i / 8) for i in powers]
     threshold = min(options, key=lambda x: sum(ac(x)))
     a, c = ac(threshold)
-    return {"threshold": threshold, "a": a, "c": c, "d": _far(T, n_arms, delta, gamma, eta, constants)}
+    return {"threshold": threshold, "a": a, "c": c,
+            "d": _far(T, n_arms, delta, gamma, eta, constants)}
 
 # %% ../../nbs/theory/01_smooth_tree.ipynb #ddcb39fb
 def regret_bound(
@@ -374,6 +432,7 @@ def regret_bound(
     eta: float = math.inf,
     constants: str = "paper",  # or "redone", "eq2"
 ) -> float:
-    "Theorem 1 with its constants: (a) + (c) + (d). Raises ValueError for numbers that cannot be."
+    """Theorem 1 with its constants: (a) + (c) + (d). Raises ValueError for numbers that cannot
+    be."""
     terms = bound_terms(T, n_arms, near, delta, gamma, eta, constants)
     return terms["a"] + terms["c"] + terms["d"]
