@@ -197,3 +197,17 @@ def test_a_report_never_averages_over_settings_either(tmp_path):
     evidence = Evidence(tmp_path)
     evidence._read = lambda path, fault: kept[path]  # whatever else a report asks of a run
     with pytest.raises(ValueError, match="was run with epochs=1 and .* with epochs=2"): evidence.runs("s")
+
+
+@pytest.mark.parametrize("words", [["bench", "vision"], ["bench", "serving"], ["bench", "language"], ["bench", "all"], ["pretrain"]])
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch, words):
+    measured = []
+    for where in ("treelora.experiments.bench.bench", "treelora.experiments.speed.run_speed", "treelora.experiments.serving.run_serving", "treelora.experiments.tokens.run_tokens", "treelora.learning.pretrain.train"):
+        monkeypatch.setattr(where, lambda *_, **__: measured.append(1))
+    assert main([*words, "--out", str(tmp_path)]) != 0
+    assert "is a folder; name a file in it" in capsys.readouterr().err and not measured and not list(tmp_path.iterdir())
+
+
+def test_an_ablation_takes_each_seed_once(tmp_path, capsys):
+    assert main(["ablate", "search", "--seeds", "0", "0", "--results", str(tmp_path / "results")]) != 0
+    assert "has a seed twice" in capsys.readouterr().err and not (tmp_path / "results").exists()

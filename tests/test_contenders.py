@@ -95,3 +95,10 @@ def test_places_are_decided_seed_by_seed(tmp_path):
     assert not top["holds"] and top["reached"] == "alone 36.3, hidelora 39.7, difference -3.3 ± 0.6"
     assert found["the paper's form: at least the accuracy of the best rival"]["holds"]
     assert found["the paper's form: the least forgetting"]["holds"]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--epochs", "0"], "epochs=0"), (["--batch-size", "0"], "batch_size=0"), (["--seeds", "0", "-1"], "seed=-1 must be"), (["--seeds", "1", "1"], "seeds=[1, 1] has a seed twice")])
+def test_settings_that_cannot_be_are_refused_before_anything_is_tuned(tmp_path, capsys, words, sentence):
+    assert main(["compare", "--quiet", "--methods", "seqlora", "--results", str(tmp_path / "results"), *words]) != 0
+    assert sentence in capsys.readouterr().err and not (tmp_path / "results").exists()

@@ -346,7 +346,9 @@ def _add_methods(commands) -> None:
 
 # %% ../nbs/tutorials/08_command_line.ipynb #6cde791d
 def _bench(args) -> None:
+    from treelora.engine.checkpoint import check_file
     from treelora.experiments.bench import bench, run_scale
+    if args.out and args.what not in ("scale", "time", "steps"): check_file(args.out)
     if args.what == "scale": print(*run_scale(args.out or Path("results/bench"), args.figures, args.quick), sep="\n")
     elif args.what in ("time", "steps"): _bench_training(args)
     elif args.what == "serving": print(_serving(args.out, args.quick))

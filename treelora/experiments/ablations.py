@@ -17,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..arguments import seeds_of
 from ..bandit import SEARCHES
 from ..engine.files import replace_file
 from .tuning import tuned_under
@@ -70,7 +71,7 @@ def ablate(
     """Run what is missing and write it down, row by row: stopped anywhere, it goes on from there.
     Raises ValueError for an unknown name, and for rows of other data."""
     if unknown := set(names or ()) - set(ABLATIONS): raise ValueError(f"Unknown ablation {sorted(unknown)[0]!r}; known are {', '.join(ABLATIONS)}.")
-    path = stream_folder(results, stream) / "ablations.json"
+    seeds, path = seeds_of(seeds), stream_folder(results, stream) / "ablations.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(r["ablation"], r["label"], r["method"], r["seed"]) for r in rows}
     plan = [(s, name, change) for s in seeds for name in names or ABLATIONS for change in ABLATIONS[name]]

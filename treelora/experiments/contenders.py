@@ -16,11 +16,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..arguments import seeds_of
 from .campaigns import Driver
 from .language import TEXT_RATES, WATCHED, fast_precision
 from .plan import HOW, Campaign, Planned, result_file
 from .tuning import Grid, tuned_rate
 from .vision import RATES, check_data
+from ..learner import check_settings, settings as run_settings
 from ..paper.figures import load_results, look, new_figure, score_name, style
 from ..paper.statistics import mean, paired
 from ..streams import get_stream
@@ -51,9 +53,9 @@ def contend(
     **settings,  # of treelora.learner.run, e.g. epochs, model, weights
 ) -> list[Path]:  # the results' files
     """Tune and run the contenders on a stream, at both budgets. Raises ValueError, before anything
-    starts, for a method that the stream's kind does not have, for rates that nothing was tuned for,
-    or for results that stay and are of other data."""
-    kind = get_stream(stream, scale, root=root).kind
+    starts, for a method that the stream's kind does not have, for settings that cannot be, for
+    rates that nothing was tuned for, or for results that stay and are of other data."""
+    kind, seeds = _kind(stream, scale, root, settings), seeds_of(seeds)
     budgets = _budgets(kind, scale, _known(methods, kind), settings.get("epochs"))
     campaign = _contest(stream, scale, kind, budgets, seeds, rates, settings)
     paths = [result_file(p, results) for p in campaign.runs]
@@ -82,7 +84,15 @@ def _check_rates(results: str | Path, rates: str, budgets: Sequence[tuple]) -> N
         if lacking := [m for m in those if m != "fix" and tuned_rate(results, rates, folder, m) is None]:
             raise ValueError(f"There are no learning rates tuned on {rates!r} for {', '.join(lacking)} in {results}/{rates}/{folder}; tune there first, with treelora compare --stream {rates} --methods {' '.join(lacking)}.")
 
+# %% ../../nbs/experiments/03_contenders.ipynb #03ca0001
+def _kind(stream: str, scale: str, root: str | Path | None, given: dict) -> str:
+    "The stream's kind. Raises ValueError for epochs or a batch size that do not fit it."
+    tasks = get_stream(stream, scale, root=root)
+    asked = {k: given.get(k) for k in ("epochs", "batch_size", "schedule")}
+    check_settings(len(tasks), **run_settings(scale, tasks.kind, **asked))
+    return tasks.kind
 
+# %% ../../nbs/experiments/03_contenders.ipynb #03ca0002
 def _known(methods: Sequence[str] | None, kind: str) -> Sequence[str]:
     "The methods that were asked for, or all."
     unknown = sorted(set(methods or ()) - set(CONTENDERS[kind]))

@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..engine.checkpoint import check_file
 from ..engine.files import replace_file
 from .models import features, get_model, load_weights, save_weights
 from ..streams import ImageSet, get_stream, read_parquet
@@ -397,6 +398,8 @@ def pretrain(
     if threads < 1: raise ValueError(f"threads must be positive, got {threads}.")
     if model == "vit-small-64" and root is None:
         raise ValueError("vit-small-64 needs root=, the folder of Tiny ImageNet.")
+    for path in (out, report):
+        if path is not None: check_file(path)
     with _threads(threads):
         if model == "glyph-vit": found = _pretrain_glyphs(Path(out), config, progress)
         else: found = _pretrain_photos(Path(out), config, progress, Path(root))

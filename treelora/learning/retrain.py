@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/learning/21_retrain.ipynb #bccc5a27
 from ..arguments import number, seed_of, whole
-from ..engine.checkpoint import check_writable
+from ..engine.checkpoint import check_file
 from ..engine.files import FORMAT, read_state, replace_file, sha256_of, write_state
 from .models import fill, get_model, read_weights
 from .photos import cropped, mirrored, to_pixels
@@ -385,7 +385,7 @@ def retrain(
     out, files = Path(out), pretrain_files(Path(root))
     state, start = _start(weights if weights is None else Path(weights))
     model, folder = _fitting(state, start["file"], recipe), out.with_suffix(".checkpoint")
-    check_writable(out.parent)
+    check_file(out)
     (x, y, _), (test_x, test_y, _) = (read_parquet(files[s]) for s in ("train", "validation"))
     bf16 = faster_in_bf16(model.cls_token.device)
     run = Retraining(model, int(y.max()) + 1, len(x), recipe, bf16)
