@@ -2,8 +2,8 @@
 (() => {
   // What scrolls by itself can be reached by the keyboard.
   const reach = () => document.querySelectorAll('main pre, main table, main .math.display, div.sourceCode, #quarto-sidebar, .sidebar').forEach(e => {
-    const wider = e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible';
-    const taller = e.scrollHeight > e.clientHeight + 1 && getComputedStyle(e).overflowY.match(/auto|scroll/);
+    const wider = e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX !== 'visible';
+    const taller = e.scrollHeight > e.clientHeight && getComputedStyle(e).overflowY.match(/auto|scroll/);
     if (wider || taller) e.tabIndex = 0; else if (e.getAttribute('tabindex') === '0') e.removeAttribute('tabindex');
   });
   // Links of a single icon say where they lead.
