@@ -1,7 +1,7 @@
 """Look at the site's pages in a browser, without Quarto: `.ci/docs_look.py [PAGE ...]`, as `.ci/docs_look.py core/00_nano`; without a page, at all of them.
 
 The pages are built with nbdev's processing (.ci/docs_process.py) and pandoc's HTML (.ci/docs_html.py) under the site's stylesheet, and served on 127.0.0.1. At 1400 and at 400 px each one is looked at
-for parts wider than the screen, cut code, missing pictures, errors on the console, requests to other hosts, and the serious findings of axe (accessibility); on a dark page for contrast.
+for parts wider than the screen, cut code, missing pictures, markdown that was left as it is written, errors on the console, requests to other hosts, and the serious findings of axe (accessibility); on a dark page for contrast.
 Prints a table of findings; the exit code is 1 if there is one. Pictures of ten pages, or of those that were named, go to _look/pictures."""
 import argparse, functools, http.server, importlib.util, os, shutil, subprocess, sys, threading
 from collections import Counter
@@ -14,7 +14,7 @@ SITE = LOOK / "site"
 WIDTHS, HEIGHT, TALL = {"wide": 1400, "phone": 400}, 900, 4500  # pixels of the window, and of a picture at most
 SHOWN = ("index", "core/00_nano", "core/05_search", "core/06_pull", "learning/09_decompose", "theory/02_regret", "methods/10_methods", "experiments/02_language", "paper/04_tables", "paper/06_report")
 PATIENCE = 300_000  # milliseconds that a step may take on a busy machine
-KINDS = {"wider than the screen": "wide", "cut code": "cut", "missing picture": "picture", "console error": "console", "other host": "host", "axe": "axe", "axe, dark": "dark"}
+KINDS = {"wider than the screen": "wide", "cut code": "cut", "missing picture": "picture", "raw markdown": "raw", "console error": "console", "other host": "host", "axe": "axe", "axe, dark": "dark"}
 
 WIDER = """() => {
   const wide = document.documentElement.clientWidth, found = [];
@@ -30,6 +30,11 @@ CUT = """() => [...document.querySelectorAll('div.sourceCode, pre')].filter(e =>
   .filter(e => e.scrollWidth > e.clientWidth + 1 && (e.matches('div.sourceCode') || getComputedStyle(e).overflowX === 'hidden' || getComputedStyle(e).overflowX === 'visible'))
   .map(e => e.textContent.trim().slice(0, 50))"""
 MISSING = "() => [...document.images].filter(e => e.complete && !e.naturalWidth).map(e => e.getAttribute('src').slice(0, 80))"
+RAW = """() => [...document.querySelectorAll('main p, main li, main td, main figcaption')].map(e => {
+  const bare = e.cloneNode(true);
+  bare.querySelectorAll('code, pre, .math, script, style').forEach(x => x.replaceWith(' '));
+  return bare.textContent.trim();
+}).filter(x => /\\]\\(|\\*\\*|^#{2,} /.test(x)).map(x => x.slice(0, 80))"""
 AXE = """async only => (await axe.run(document, only ? {runOnly: {type: 'rule', values: only}} : {resultTypes: ['violations']})).violations
   .filter(v => v.impact === 'serious' || v.impact === 'critical').map(v => [v.id, v.nodes.length, v.nodes[0].target.join(' '), v.nodes[0].any.concat(v.nodes[0].all).map(a => a.message).join('; ').slice(0, 160)])"""
 
@@ -104,6 +109,7 @@ def look(tab, address: str, host: str, width: str, script: str, shot: Path | Non
     tab.goto(host + address, wait_until="load")
     tab.evaluate("() => document.fonts.ready")
     found += [("wider than the screen", x) for x in tab.evaluate(WIDER)] + [("cut code", x) for x in tab.evaluate(CUT)] + [("missing picture", x) for x in tab.evaluate(MISSING)]
+    found += [("raw markdown", x) for x in tab.evaluate(RAW)]
     tab.add_script_tag(content=script)
     rules = lambda kind, only: [(kind, f"{rule} ({n}): {where} {why}") for rule, n, where, why in tab.evaluate(AXE, only)]
     found += rules("axe", None)

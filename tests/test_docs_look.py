@@ -76,7 +76,7 @@ def test_no_browser_is_said_in_a_sentence(monkeypatch, tmp_path):
 
 def test_the_table_counts_by_page_and_kind():
     lines = look["table"]({"a.ipynb": [("wide", "cut code", "x"), ("phone", "cut code", "y"), ("phone", "axe", "z")], "b.ipynb": []}).splitlines()
-    assert [line.split() for line in lines] == [["page", "wide", "cut", "picture", "console", "host", "axe", "dark"], ["a.ipynb", "2", "1"], ["1", "of", "2", "pages", "2", "1"]]
+    assert [line.split() for line in lines] == [["page", "wide", "cut", "picture", "raw", "console", "host", "axe", "dark"], ["a.ipynb", "2", "1"], ["1", "of", "2", "pages", "2", "1"]]
 
 
 def test_only_what_is_newer_is_processed_anew(tmp_path):
