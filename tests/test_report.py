@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treelora.experiments.photographs import SHARPER
+from treelora.experiments.photographs import APART
 from treelora.metrics import bwt, op
 from treelora.paper.evidence import Evidence, Missing
 from treelora.paper.figures import look
@@ -76,7 +76,8 @@ def photo_runs(label):
     "The runs of README's row, by the label that it has there."
     folder = RESULTS / "split-cifar100" / "small"
     by_label = {look(p.name.partition("-seed")[0])["label"]: sorted(folder.glob(f"{p.name.partition('-seed')[0]}-seed*.json")) for p in folder.glob("*-seed0.json")}
-    paths = sorted((folder / "directions-16").glob("lda-seed*.json")) if label == SHARPER else by_label[label]
+    apart = {name: sorted((folder / place).glob(f"{method}-seed*.json")) for place, (method, name) in APART.items()}
+    paths = apart.get(label) or by_label[label]
     return [json.loads(p.read_text()) for p in paths]
 
 
