@@ -211,3 +211,8 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_measured(tmp_
 def test_an_ablation_takes_each_seed_once(tmp_path, capsys):
     assert main(["ablate", "search", "--seeds", "0", "0", "--results", str(tmp_path / "results")]) != 0
     assert "has a seed twice" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_training_times_take_each_seed_once(tmp_path, capsys):
+    assert main(["bench", "time", "--seeds", "1", "1", "--results", str(tmp_path / "results")]) != 0
+    assert "has a seed twice" in capsys.readouterr().err and not (tmp_path / "results").exists()

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 # %% ../../nbs/experiments/18_tokens.ipynb #18a00008
 from ..engine.files import replace_file
-from ..learning.language import IGNORED, Collator, answer_loss, load_language_model
+from ..learning.language import IGNORED, answer_loss, load_language_model
 from ..learning.result import faster_in_bf16, where
 from ..learning.text import LengthBuckets, TextSet
 from ..methods.language import SeqLoRA

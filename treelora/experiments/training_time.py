@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from ..arguments import seeds_of
 from ..engine.files import replace_file
 from .tuning import tuned_rate
 from ..metrics import time_ratio, training_seconds
@@ -58,6 +59,7 @@ def measure_time(
 ) -> Path:  # the file
     """Run the plan, seeds outermost, in one process, so that all times are of the same machine;
     what is in the file already is kept. Raises ValueError when it is of other data."""
+    seeds = seeds_of(seeds)
     path, kind = stream_folder(results, stream) / "time.json", get_stream(stream, "quick", root=settings.get("root")).kind
     if kind == "language": settings = {"precision": fast_precision()} | settings
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
